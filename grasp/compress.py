@@ -120,7 +120,7 @@ def carry_out_(run: Run) -> CompressionReport:
     try:
         work = prepare_(run, plan)
         if run.config.decides_together:
-            run, plan, work = narrow_(run, plan, work)
+            run, plan, work = narrow_(run, plan, work, scores)
             decision = decide_globally(run, plan, work)
             work.prefix.hidden.clear()
             if decision.whole:
@@ -179,10 +179,10 @@ def _report(
     ranks |= {report.name: report.rank for report in reports if report.rank}
     left = [report for layer in plan.layers for report in run.left[layer]]
     after = model_size(run.model)
-    seconds = run.costs and {
-        "dense": run.dense_seconds,
-        "after": predicted_seconds(run.config, run.costs, run.targets, ranks, decision.removed),
-    }
+    seconds: dict[str, float] = {}
+    if run.costs is not None:
+        after_seconds = predicted_seconds(run.config, run.costs, run.targets, ranks, decision.removed)
+        seconds = {"dense": run.dense_seconds, "after": after_seconds}
     return CompressionReport(
         config=run.config.to_dict(),
         block_influence=tuple(scores),
@@ -204,6 +204,6 @@ def _report(
         },
         seconds=run.clock.seconds,
         versions={name: version(name) for name in ("torch", "transformers")},
-        decode_seconds=seconds or {},
+        decode_seconds=seconds,
         costs=run.costs.device if run.costs else None,
     )

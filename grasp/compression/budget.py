@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import NamedTuple
@@ -89,7 +89,7 @@ def find_prices(
         shapes = {dense_shape(target.module) for target in chain.from_iterable(targets.values())}
         shapes.update(narrowest_shapes(model) if config.narrows else ())
         costs.require(shapes, dtype, config.form, config.storages)
-    prices = _unit(config)(config, model, targets, costs)
+    prices = unit_prices(config, model, targets, costs)
     if prices.saving is not None:
         _require_reachable(config, prices, model, targets, may_remove)
     return prices
@@ -153,36 +153,10 @@ UNITS: dict[str, _Unit] = {
 DEFAULT_UNIT = "compression_ratio"
 
 
-def _unit(config: GraspConfig) -> _Unit:
-    return next(unit for field, unit in UNITS.items() if getattr(config, field) is not None or field == DEFAULT_UNIT)
-
-
-def narrowed_prices(
-    config: GraspConfig,
-    model: PreTrainedModel,
-    targets: Targets,
-    costs: CostTable | None,
-    before: Prices,
-    saving: float,
-) -> Prices:
-    """The prices once MLPs have lost channels, and what is then still to be saved.
-
-    Args:
-        config: of the compression.
-        model: narrowed.
-        targets: its linears.
-        costs: of decoding, if seconds are counted.
-        before: the prices of the whole model.
-        saving: what was to be saved of it.
-    """
-    prices, target = _unit(config)(config, model, targets, costs), before.target
-    saved = math.fsum(before.layer(layer) - prices.layer(layer) for layer in targets)
-    return replace(
-        prices,
-        saving=max(0.0, saving - saved),
-        target=lambda more: target(saved + more),
-        capped=before.saving is None,
-    )
+def unit_prices(config: GraspConfig, model: PreTrainedModel, targets: Targets, costs: CostTable | None) -> Prices:
+    """``find_prices`` without its checks."""
+    unit = next(unit for field, unit in UNITS.items() if getattr(config, field) is not None or field == DEFAULT_UNIT)
+    return unit(config, model, targets, costs)
 
 
 def parameters(target: Target, rank: int, form: Form) -> int:

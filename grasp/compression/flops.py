@@ -146,8 +146,9 @@ class FlopCounter:
         body, head = self._for_samples(self._forward(depth), self._held_out), self._head_flops(self._held_out) // 2
         # On few tokens each block of each layer is low-rank, and each layer is removed alone, then several, as often:
         # on the average from the middle of the layers, and for every few of them with the head of the dense model too.
-        # Where MLPs may lose channels, layers are removed before and after.
-        alone = (2 + job.config.narrows) * 2 * len(depth) * (body // 2 + head + head // STUDENTS)
+        # Where MLPs may lose channels for a latency, layers are removed before and after.
+        again = job.config.narrows and job.config.target_latency is not None
+        alone = (2 + again) * 2 * len(depth) * (body // 2 + head + head // STUDENTS)
         tokens = self._held_out * job.seq_len
         held_out = CANDIDATES * (body + head) + alone * min(tokens, MEASURED_TOKENS) // tokens
         held_out += 2 * influence  # a linear map

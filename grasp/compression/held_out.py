@@ -124,18 +124,20 @@ def compare_with_removal(run: Run, plan: Plan, scores: Sequence[float]) -> Decis
     return decision(run, dense, options, {option.name: loss for option, loss in pairs if math.isfinite(loss)})
 
 
-def measure_whole(run: Run, plan: Plan) -> None:
+def measure_whole(run: Run, plan: Plan, scores: Sequence[float]) -> None:
     """Measure the dense model, and it without layers, before MLPs lose channels; nothing if no batches are held out.
 
     Args:
         run: the run; the model is dense.
         plan: what is to be saved.
+        scores: the block influence of each layer.
     """
     if not run.held_out or "whole" in run.state.measured:
         return
     with run.processes.fail_together():
         start = capture_prefix(run.model, run.processes.local_batches(run.held_out), {0}, scratch=run.scratch)
-    others = [*_layers_removed(run, plan, removal_losses(run, plan)), *linear_replacement(run, plan)]
+    removed = removed_in_order(run, plan, {layer: scores[layer] for layer in plan.layers})
+    others = [*_layers_removed(run, plan, removed), *linear_replacement(run, plan)]
     options = [Candidate(DENSE, (), {}), *others]
     for option in options:
         run.state.once(f"loss, {option.name}", partial(_measured, run, start, {}, option))

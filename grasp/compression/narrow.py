@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp.checkpoint.run_state import Decision
-from grasp.compression.budget import Plan, Prices, ceilings, narrowed_plan, narrowed_prices, required_saving
+from grasp.compression.budget import Plan, Prices, ceilings, narrowed_plan, required_saving, unit_prices
 from grasp.compression.candidates import REMOVAL_LOSS_SCALES, rank_choices_of
 from grasp.compression.eligible import eligible_targets
 from grasp.compression.held_out import measure_whole, removal_losses
@@ -39,7 +39,7 @@ from grasp.model.offload import is_fetched_per_call
 from grasp.model.targets import Target
 from grasp.statistics.covariance import Covariance
 
-LEAST_GAIN = 0.05  # of the predicted loss: with less, low ranks are the first cut
+LEAST_GAIN = 0.02  # of the predicted loss: with less, low ranks are the first cut
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Choice:
         return loss + rate * cost
 
 
-class Layer(NamedTuple):
+class LayerChoices(NamedTuple):
     """A decoder layer: what it costs beside its linears, their choices, and the loss without it."""
 
     rest: float
@@ -97,12 +97,12 @@ class Layer(NamedTuple):
         loss = math.fsum(loss for _, loss in picked)
         return (0.0, self.removal) if self.removal < loss + rate * cost else (cost, loss)
 
-    def picked(self, rate: float) -> Layer:
+    def picked(self, rate: float) -> LayerChoices:
         """The layer with the width of each MLP that is then best."""
         return self._replace(parts=[[min(choices, key=lambda choice: choice.value(rate))] for choices in self.parts])
 
 
-def narrow_(run: Run, plan: Plan, work: Work) -> tuple[Run, Plan, Work]:
+def narrow_(run: Run, plan: Plan, work: Work, scores: Sequence[float]) -> tuple[Run, Plan, Work]:
     """Remove channels of MLPs, and plan the rest of the budget for the smaller model; or change nothing.
 
     The first sweep decides. What the dense model loses without layers is measured before, on held-out batches.
@@ -111,6 +111,7 @@ def narrow_(run: Run, plan: Plan, work: Work) -> tuple[Run, Plan, Work]:
         run: the run; the model is dense.
         plan: what is to be saved.
         work: its sweep.
+        scores: the block influence of each layer.
     """
     config, state = run.config, run.state
     if not config.narrows:
@@ -120,13 +121,14 @@ def narrow_(run: Run, plan: Plan, work: Work) -> tuple[Run, Plan, Work]:
     if not state.widths:
         return run, plan, work
     run.clock.enter("candidates")
-    measure_whole(run, plan)
+    measure_whole(run, plan, scores)
     for path in state.widths:
         tensors, _ = state.read(state.files[f"narrow-{path}"], "channels", "weight")
         narrow_mlp_(run.model.get_submodule(path), tensors["channels"], tensors["weight"])
-    saving = required_saving(run.prices, plan)
     targets, left = eligible_targets(run.model)
-    prices = narrowed_prices(config, run.model, targets, run.costs, run.prices, saving)
+    prices, saving = unit_prices(config, run.model, targets, run.costs), required_saving(run.prices, plan)
+    saving -= math.fsum(run.prices.layer(layer) - prices.layer(layer) for layer in targets)
+    prices = replace(prices, saving=max(0.0, saving), capped=run.prices.saving is None)
     run = replace(run, targets=targets, left=left, prices=prices, narrowed=True)
     plan = narrowed_plan(plan, targets)
     sweeps = [] if not work.sweeps else plan_sweeps(ceilings(config, plan), config.schedule)
@@ -237,7 +239,7 @@ def choose_widths(
         rests[target.layer] -= run.prices.linear(target, DENSE)
         if target not in within:
             parts[target.layer].append([_choice(run.prices, None, 0, 0.0, {target: selections[target]})])
-    layers = [Layer(rests[i], parts[i], removal.get(i, math.inf)) for i in plan.layers]
+    layers = [LayerChoices(rests[i], parts[i], removal.get(i, math.inf)) for i in plan.layers]
     rate = _rate(layers, budget)
     picked = [layer.picked(rate) for layer in layers]
     whole = [layer._replace(parts=[choices[:1] for choices in layer.parts]) for layer in layers]
@@ -288,7 +290,7 @@ def _choice(prices: Prices, mlp: Mlp | None, width: int, loss: float, linears: M
     return Choice(mlp, width, loss, [np.asarray(c.costs) for c in choices], [np.asarray(c.losses) for c in choices])
 
 
-def _rate(layers: Sequence[Layer], budget: float) -> float:
+def _rate(layers: Sequence[LayerChoices], budget: float) -> float:
     """The highest worth of a unit of cost, nearly, at which the best choices still cost more than the budget.
 
     Ranks, which are chosen later, save the rest.
@@ -301,6 +303,6 @@ def _rate(layers: Sequence[Layer], budget: float) -> float:
     return low
 
 
-def _least_loss(layers: Sequence[Layer], budget: float) -> float:
+def _least_loss(layers: Sequence[LayerChoices], budget: float) -> float:
     rate = _rate(layers, budget)
     return math.fsum(layer.at(rate)[1] for layer in layers)

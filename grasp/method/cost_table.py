@@ -96,7 +96,8 @@ class CostTable:
             seconds = self.linears[shape, storage]
             return seconds.dense if rank is None else seconds.at(rank)
         for varies in (0, 1):
-            same = [(n, k) for (n, k), kind in self.linears if kind == storage and (k, n)[varies] == shape[1 - varies]]
+            equal = 1 - varies
+            same = [(n, k) for (n, k), kind in self.linears if kind == storage and (n, k)[equal] == shape[equal]]
             below = max((known for known in same if known[varies] < shape[varies]), default=None)
             above = min((known for known in same if known[varies] > shape[varies]), default=None)
             if below and above:
@@ -195,7 +196,7 @@ class CostTable:
         """
         expected = f"a table of costs; make one with grasp bench costs MODEL -o {path.name}"
         values = read_json(path, expected, CostTableError)
-        if (found := values.pop("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
+        if (found := values.pop("format_version", None)) != FORMAT_VERSION:
             raise CostTableError(f"{path} has format_version {found!r}, not {FORMAT_VERSION}; expected {expected}")
         try:
             return cls.from_dict(values)

@@ -258,9 +258,11 @@ def test_candidates_are_measured_on_an_eighth_as_many_sequences(samples: int, fe
     made = estimate(best_job(num_samples=samples))
     body, head = made.flops.block_influence / samples, 2 * 511 * 128256 * 4096
     maps = 2 * made.flops.block_influence  # to choose the layers, and to fit the map
-    # Blocks, and layers twice, as MLPs may be narrowed, on 1024 tokens at most; eight share the dense model's head.
-    alone, compared = few * (3 * 2 * 32 * (body / 2 + head + head / 8)), samples // 8 * 8 * (body + head)
+    # Blocks and layers, on 1024 tokens at most; eight share the dense model's head. For a latency layers are twice.
+    alone, compared = few * (2 * 2 * 32 * (body / 2 + head + head / 8)), samples // 8 * 8 * (body + head)
     assert made.flops.held_out - maps == pytest.approx(alone + compared, rel=0.001)
+    fast = estimate(best_job(num_samples=samples, config=GraspConfig.best(target_latency=0.5)))
+    assert fast.flops.held_out - made.flops.held_out == pytest.approx(alone / 2, rel=0.001)
 
 
 def test_the_time_left_knows_all_steps_of_comparing_candidates() -> None:
