@@ -134,7 +134,9 @@ class Tracer:
             self.batch = CalibrationBatch(torch.zeros(batch_size, seq_len, dtype=torch.int64))
             self._arguments, self.base_bytes = _arguments(self.model, self.batch)
         self.width = hidden_input(*self._arguments[0]).shape[-1]
-        self._path = decoder(self.model).path
+        found = decoder(self.model)
+        self._path = found.path
+        self._structures = [_structure(layer, *each) for layer, each in zip(found.layers, self._arguments, strict=True)]
         self._costs: dict[Any, LayerCost] = {}
 
     def layer(
@@ -156,19 +158,19 @@ class Tracer:
             form: of these.
         """
         ranks = {} if ranks is None else ranks
-        layer, prefix = decoder(self.model).layers[index], f"{self._path}.{index}."
-        args, kwargs = self._arguments[index]
+        prefix = f"{self._path}.{index}."
         key = (
             graph,
             frozenset(target.name.removeprefix(prefix) for target in visited),
             frozenset((name.removeprefix(prefix), rank, form) for name, rank in ranks.items()),
-            _structure(layer, args, kwargs),
+            self._structures[index],
         )
         if key not in self._costs:
             with _traceable(self.model.config, self._mode), replaced(self.model, _lowrank(self.model, ranks, form)):
                 modules = dict(self.model.named_modules())
                 targets = [target._replace(module=modules[target.name]) for target in visited]
-                self._costs[key] = _layer_cost(layer, args, kwargs, graph, targets, self.batch)
+                layer = decoder(self.model).layers[index]
+                self._costs[key] = _layer_cost(layer, *self._arguments[index], graph, targets, self.batch)
         return self._costs[key]
 
 

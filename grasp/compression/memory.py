@@ -101,8 +101,9 @@ def _passing_bytes(tracer: Tracer, layer: int) -> int:
 
 def copy_bytes(tracer: Tracer, module: nn.Module, dtype: torch.dtype) -> int:
     """A copy of a module in the dtype of the sweeps, in bytes; 0 if its weights have that dtype."""
-    itemsize = 0 if dtype == tracer.model.dtype else tracer.model.dtype.itemsize
-    return itemsize * sum(parameter.numel() for parameter in module.parameters())
+    if dtype == tracer.model.dtype:
+        return 0
+    return tracer.model.dtype.itemsize * sum(parameter.numel() for parameter in module.parameters())
 
 
 def replacing_bytes(tracer: Tracer, targets: Collection[Target], config: GraspConfig) -> int:

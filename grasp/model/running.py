@@ -153,13 +153,14 @@ def first_device(model: nn.Module) -> torch.device:
 
 @torch.no_grad()
 def tuple_length(model: PreTrainedModel, batch: CalibrationBatch) -> int:
-    """The length of the tuple that decoder layers return, 0 for a tensor; two tokens are run to see it."""
-    answers: list[int] = []
+    """The length of the tuple that decoder layers return, 0 for a tensor; the first one runs two tokens to see it."""
+    outputs: list[Any] = []
+    first, *others = decoder(model).layers
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        answers.append(len(output) if isinstance(output, tuple) else 0)
+        outputs.append(output)
 
     probe = CalibrationBatch(batch.input_ids[:1, :2], None)
-    with hooked(decoder(model).layers[0], after=note), evaluating(model):
+    with hooked(first, after=note), forwarding(others, lambda *_, **__: outputs[0]), evaluating(model):
         run_backbone(model, probe)
-    return answers[0]
+    return len(outputs[0]) if isinstance(outputs[0], tuple) else 0

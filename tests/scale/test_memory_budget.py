@@ -48,7 +48,7 @@ MARGIN = 0.15  # of the estimate
 class Builtin:
     """The first layers of the model that grasp comes with, and random tokens."""
 
-    layers: int = 3
+    layers: int = 2
     sequences: int = 2
     held_out: int = 2
     seq_len: int = 64
@@ -56,7 +56,7 @@ class Builtin:
 
     @property
     def config(self) -> GraspConfig:
-        return GraspConfig.best(compression_ratio=0.1)
+        return GraspConfig.best(compression_ratio=0.06)
 
     @property
     def estimated_job(self) -> CompressionJob:
