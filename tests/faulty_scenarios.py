@@ -198,7 +198,7 @@ def main(folder: Path, step: int) -> None:
         result["faults"][name] = f"{attack.faults} in {len(attack.calls)} calls"
     interrupted.take_little_memory()
     for name, config in {"run": interrupted.CONFIG, "best": GraspConfig.best(compression_ratio=0.1)}.items():
-        failures, result["faults"][name] = resumes(folder, config, 5 if step == 1 else 200)
+        failures, result["faults"][name] = resumes(folder, config, 5 if step == 1 else 400)
         result["failures"] += failures
     print(json.dumps(result))
 
