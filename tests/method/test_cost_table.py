@@ -97,6 +97,7 @@ def test_a_file_that_cannot_be_written_or_is_not_there_is_named(tmp_path: Path) 
     ("change", "message"),
     [
         ({"format_version": 1}, "has format_version 1, not 2; expected a table of costs"),
+        ({"format_version": None}, "has format_version None, not 2"),
         ({"dtype": None}, "missing 1 required positional argument: 'dtype'"),
         ({"linears": []}, "it has no linears"),
         ({"rest_quantized": None}, "layer_quantized and rest_quantized belong to quantised linears, got (4e-06, None)"),
@@ -114,7 +115,8 @@ def test_a_damaged_file_is_refused_with_what_is_wrong(tmp_path: Path, change: di
     path = tmp_path / "costs.json"
     TABLE.save(path)
     values = {**json.loads(path.read_text()), **change}
-    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None or key != "dtype"}))
+    absent = {key for key in ("format_version", "dtype") if values[key] is None}
+    path.write_text(json.dumps({key: value for key, value in values.items() if key not in absent}))
     with pytest.raises(CostTableError, match=re.escape(message)) as caught:
         CostTable.load(path)
     assert "grasp bench costs MODEL -o costs.json" in str(caught.value)
