@@ -162,7 +162,7 @@ format: $(STAMP) ## rewrite files in the house format
 DOCS_STAMP := $(VENV)/.docs
 
 $(DOCS_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --group docs
+	$(BIN)/python -m pip install --quiet --no-compile --group docs
 	touch $@
 
 # -W turns warnings into errors, -n reports references that lead nowhere, -E and -a write all pages anew.
