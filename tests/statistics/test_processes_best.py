@@ -165,7 +165,7 @@ def test_spans_of_one_layer_give_the_same_result(sharded: bool) -> None:
 
 
 def interrupted(processes: Processes, folder: Path, all_stops: bool) -> list[Any]:
-    """Stop both processes in phases of every second name, each time continue, and compare with a whole run."""
+    """Stop both processes in phases of every second name or of all, continue, and compare with a whole run."""
 
     def attempt(folder: Path, stop: int) -> tuple[list[str], Any]:
         steps: list[str] = []
