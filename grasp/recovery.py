@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from grasp.checkpoint.fingerprint import model_fingerprint
 from grasp.checkpoint.recovery_report import Point, RecoveryReport
-from grasp.checkpoint.recovery_state import NoRecoveryState, Snapshot
+from grasp.checkpoint.recovery_state import RecoveryState, Snapshot
 from grasp.errors import NonFiniteError
 from grasp.method.blocks import fp64_device
 from grasp.model.masters import Masters
@@ -94,7 +94,7 @@ def recover_(
     teacher: PreTrainedModel | None = None,
     progress: Progress = no_progress,
     notify: Notify = no_notify,
-    state: NoRecoveryState | None = None,
+    state: RecoveryState | None = None,
     processes: Processes = ALONE,
 ) -> RecoveryReport:
     """Train what ``trained_parameters`` names of a compressed model in place. All other weights stay unchanged.
@@ -115,7 +115,7 @@ def recover_(
             divergence from its distribution of each counted token; the held-out loss stays the likelihood.
         progress: called after each step.
         notify: called with one line of text after each evaluation of the held-out loss.
-        state: stores the progress of the training, see ``RecoveryState``.
+        state: stores the progress of the training; ``None`` to store nothing.
         processes: the processes that share each batch. All are given the same arguments; gradients are summed.
 
     Raises:
@@ -137,7 +137,6 @@ def recover_(
         True
     """
     config = RecoveryConfig() if config is None else config
-    state = NoRecoveryState() if state is None else state
     accelerator = Accelerator(cpu=first_device(model).type == "cpu")
     factors = trained_parameters(model)
     _require_trainable(model, accelerator, sequences, held_out)
@@ -171,13 +170,15 @@ def _require_trainable(
         raise ValueError(f"sequences have {longest} tokens, the model has {limit} positions; use a shorter seq_len")
 
 
-def _resume_(training: _Training, state: NoRecoveryState, clock: Clock) -> None:
-    """Load the stored progress in all processes, once rank 0 has compared the fingerprints."""
+def _resume_(training: _Training, state: RecoveryState | None, clock: Clock) -> None:
+    """Compare the fingerprints of all processes, and load the stored progress if there is a state."""
     clock.enter("identity")
     fingerprint = recovery_fingerprint(
         training.model, training.sequences, training.held_out, training.config, training.teacher
     )
     training.processes.require_same("the request", json.dumps(fingerprint, sort_keys=True))
+    if state is None:
+        return
     with training.processes.fail_together():
         state.begin(fingerprint, clock)
     with training.processes.fail_together():  # rank 0 writes only after all processes have read
@@ -185,7 +186,7 @@ def _resume_(training: _Training, state: NoRecoveryState, clock: Clock) -> None:
             training.restore_(snapshot)
 
 
-def _train_(training: _Training, state: NoRecoveryState, clock: Clock, progress: Progress, notify: Notify) -> None:
+def _train_(training: _Training, state: RecoveryState | None, clock: Clock, progress: Progress, notify: Notify) -> None:
     """Take optimizer steps, and evaluate the held-out loss at regular intervals, until the training has ended."""
     start, tokens = time.perf_counter(), training.tokens
     while True:
@@ -200,8 +201,9 @@ def _train_(training: _Training, state: NoRecoveryState, clock: Clock, progress:
         clock.enter("training")
         training.take_step_()
         progress("recovery", training.step, training.steps)
-        state.save(training.snapshot)
-    if training.step:
+        if state is not None:
+            state.save(training.snapshot)
+    if training.step and state is not None:
         state.save(training.snapshot, last=True)
 
 

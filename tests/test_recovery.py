@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from grasp import recovery
 from grasp.checkpoint import run_folder
 from grasp.checkpoint.recovery_report import RecoveryReport
-from grasp.checkpoint.recovery_state import NoRecoveryState, RecoveryState
+from grasp.checkpoint.recovery_state import RecoveryState
 from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.errors import DistributedError, NonFiniteError, ResumeError, UnsupportedModelError
@@ -421,12 +421,6 @@ def test_processes_that_share_a_batch_give_the_result_of_one() -> None:
         for name, tensor in theirs.items():
             torch.testing.assert_close(tensor, weights[name], rtol=1e-2, atol=1e-3)
             assert torch.equal(tensor, outcomes[0].value[1][name])
-
-
-def test_the_default_state_stores_nothing() -> None:
-    state = NoRecoveryState()
-    state.save(lambda: pytest.fail("asked for a snapshot"), last=True)
-    assert state.load() is None
 
 
 @pytest.fixture

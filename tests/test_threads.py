@@ -9,7 +9,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +22,7 @@ from grasp.model.lowrank_linear import LowRankLinear, set_backend_
 from grasp_kernels import (
     Factors,
     available_backends,
+    cpu,
     direct,
     dispatch,
     lowrank_glu,
@@ -33,6 +34,11 @@ from tests.lowrank_models import Attention
 K, N, WIDTHS = 40, 24, (24, 16, 16)
 BACKENDS = [name for name in available_backends() if name in ("cpu", "reference")]
 WATCHERS = direct.DIRECT_WATCHERS
+
+
+def open_direct_path(watchers: tuple[Callable[[], object], ...]) -> None:
+    if "cpu" in BACKENDS:
+        cpu.open_direct_path(direct.PLAIN_TYPES, watchers, dispatch.CPU_ROWS)
 
 
 def fresh(rng: random.Random) -> Factors:
@@ -73,7 +79,7 @@ class Shared:
         def watch() -> None:
             self.items[:] = [fresh(rng)]
 
-        dispatch.open_direct_path(direct.PLAIN_TYPES, (*WATCHERS, watch) if rng.random() < 0.5 else WATCHERS)
+        open_direct_path((*WATCHERS, watch) if rng.random() < 0.5 else WATCHERS)
         time.sleep(1e-3)  # the direct path of each call stays in memory
 
     def change_parameters(self, rng: random.Random) -> None:
@@ -119,7 +125,7 @@ def quick_switches() -> Iterator[None]:
     sys.setswitchinterval(1e-5)
     yield
     sys.setswitchinterval(before)
-    dispatch.open_direct_path(direct.PLAIN_TYPES, WATCHERS)
+    open_direct_path(WATCHERS)
 
 
 @pytest.mark.usefixtures("quick_switches")

@@ -22,7 +22,6 @@ from grasp.checkpoint.run_state import RunState
 from grasp.compress import compress_
 from grasp.compression.job import CompressionJob
 from grasp.config import GraspConfig
-from grasp.files import tensors_digest
 from grasp.progress import Progress, no_progress
 
 PROBES = 4  # random vectors that every linear is applied to
@@ -116,7 +115,6 @@ class MeasuredRun:
         wall_seconds: by step.
         ranks: by linear; 0 for one that stays dense.
         products: by linear, its weight times ``PROBES`` random vectors, (N, PROBES); {} if layers were removed.
-        digest: of all weights.
     """
 
     peak_bytes: int
@@ -125,7 +123,6 @@ class MeasuredRun:
     wall_seconds: Mapping[str, float]
     ranks: Mapping[str, int]
     products: Mapping[str, npt.NDArray[np.float32]]
-    digest: str
 
 
 def measure(job: Job, folder: Path, *, memory: int | None = None, threads: int = 1, held_out: int = 0) -> MeasuredRun:
@@ -172,7 +169,6 @@ def _run(job: Job, folder: Path, memory: int | None, threads: int, held_out: int
         wall_seconds=dict(report.seconds),
         ranks=ranks,
         products={} if report.removed_layers else {name: _product(model.get_submodule(name)) for name in ranks},
-        digest=tensors_digest(sorted(model.state_dict().items())),
     )
 
 

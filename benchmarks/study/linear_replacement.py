@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grasp.method.linear_map import linear_map
+from grasp.method.least_squares import linear_map
 from grasp.model.batch import CalibrationBatch
 from grasp.model.hooks import hooked
 from grasp.model.last_added import last_added, merge_map_

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,13 +32,6 @@ LARGEST_GAP = 1e-3
 
 class WrongSelectionError(GraspError):
     """Rounding does not explain a difference of the singular groups that the two sides retain."""
-
-
-class Swaps(NamedTuple):
-    """Singular groups that only one side retains."""
-
-    groups: int
-    gap: float  # largest difference of their importance, as a fraction of that of the last retained group
 
 
 @dataclass
@@ -70,21 +62,25 @@ class Race:
     naive_flops: int = 0  # of one sequence in all sweeps, counted during the run
     groups: int = 0  # retained groups
     swaps: int = 0  # retained groups that the sides choose differently
-    largest_gap: float = 0.0  # see ``Swaps``
+    largest_gap: float = 0.0  # of their importance, as a fraction of that of the last retained group
 
     def grasp_seconds(self, batches: int) -> float:
         """Seconds of the package's attribution of the whole set, without decompositions."""
         return self.prefix.total(batches) + self.grasp.total(batches) + self.contraction_seconds
 
 
-def compare(retained: Tensor, importance: Tensor) -> Swaps:
-    """Difference between retained groups and the most important ones; ``importance`` is (groups,)."""
+def compare(retained: Tensor, importance: Tensor) -> tuple[int, float]:
+    """How many groups are retained in the place of more important ones, and the largest difference of their importance.
+
+    The difference is a fraction of the importance of the last group that should be retained; ``importance`` is
+    (groups,).
+    """
     expected = retained_indices(importance, len(retained))
     lost = importance[expected[~torch.isin(expected, retained)]]
     if not len(lost):
-        return Swaps(0, 0.0)
+        return 0, 0.0
     gained = importance[retained[~torch.isin(retained, expected)]]
-    return Swaps(len(lost), float((lost.max() - gained.min()) / importance[expected].min()))
+    return len(lost), float((lost.max() - gained.min()) / importance[expected].min())
 
 
 def race(
@@ -141,10 +137,10 @@ def race(
                 contract_weight_grad(total.tensor, svd.U, svd.Vh)
                 result.contraction_seconds += clock.lap()
             retained = retained_indices((svd.S * grad).abs(), layer.rank(retain_ratio))
-            swaps = compare(retained, layer.importance)
+            swaps, gap = compare(retained, layer.importance)
             result.groups += len(retained)
-            result.swaps += swaps.groups
-            result.largest_gap = max(result.largest_gap, swaps.gap)
+            result.swaps += swaps
+            result.largest_gap = max(result.largest_gap, gap)
             grasp.set_submodule(target.name, LowRankLinear.from_dense(target.module, retained, svd))
             naive.set_submodule(target.name, layer.truncated(retained))
             if dtype is None and result.largest_gap > LARGEST_GAP:

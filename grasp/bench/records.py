@@ -267,11 +267,6 @@ class ModelResult(Record):
     missing: ClassVar[str] = "speed and memory of the whole model"
     command: ClassVar[str] = "grasp bench model {model} --compressed {folder} -o model.jsonl"
 
-    @property
-    def dense_parameters(self) -> int | None:
-        """Number of parameters of the dense model, if this is its result."""
-        return self.parameters if self.provider == "dense" else None
-
     def notes(self) -> Iterator[str]:
         """Conditions, the text of the perplexity, why the turns ended, and the note."""
         yield from super().notes()

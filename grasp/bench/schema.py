@@ -51,11 +51,6 @@ class Record:
         """Name of the model that was measured; ``None`` if the result is of no model."""
         return getattr(self, "model", None)
 
-    @property
-    def dense_parameters(self) -> int | None:
-        """Number of parameters of the dense model, if the result is of the dense model."""
-        return None
-
     def notes(self) -> Iterator[str]:
         """Sentences below the table; a sentence that several results have is shown once."""
         if (conditions := getattr(self, "conditions", None)) is not None:

@@ -1,6 +1,6 @@
 """Time vLLM's server on several models in turn, with vLLM's own benchmark client.
 
-A server is timed only if it gives the log-probabilities of transformers, see ``Proof``.
+A server is timed only if it gives the log-probabilities of transformers, see ``Checkpoint``.
 """
 
 from __future__ import annotations
@@ -102,15 +102,23 @@ class ServeRequest:
 
 
 @dataclass(frozen=True)
-class Proof:
-    """Log-probabilities of random tokens by transformers, and how far rounding moves them.
+class Checkpoint:
+    """A folder that vLLM can serve, and the facts that need its weights.
 
     Attributes:
-        tokens: the tokens.
+        name: of the model.
+        folder: with its weights.
+        size: of the model.
+        dtype: of the server.
+        tokens: random ones, whose log-probabilities by transformers a server must have too.
         exact: of each token but the first, with the weights in the server's dtype and the arithmetic in fp32.
         rounding: mean absolute error of transformers in the server's dtype, nats.
     """
 
+    name: str
+    folder: Path
+    size: Size
+    dtype: str
     tokens: Sequence[int]
     exact: Tensor
     rounding: float
@@ -124,17 +132,6 @@ class Proof:
     def allowed(self) -> float:
         """The largest error of a server that is right."""
         return max(FLOOR, 2 * self.rounding)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A folder that vLLM can serve, and the facts that need its weights."""
-
-    name: str
-    folder: Path
-    size: Size
-    dtype: str  # of the server
-    proof: Proof
 
 
 def run(request: ServeRequest, *, progress: Progress = no_progress) -> Iterator[list[ServeResult | NotMeasured]]:
@@ -157,8 +154,8 @@ def run(request: ServeRequest, *, progress: Progress = no_progress) -> Iterator[
             else item
             for item in candidates
         }
-        errors = {name: checkpoint.proof.error_of(servers[name]) for name, checkpoint in checkpoints.items()}
-        refused = {name: error for name, error in errors.items() if not error <= checkpoints[name].proof.allowed}
+        errors = {name: checkpoint.error_of(servers[name]) for name, checkpoint in checkpoints.items()}
+        refused = {name: error for name, error in errors.items() if not error <= checkpoints[name].allowed}
         model = candidates[0].name if _is_url(request.models[0]) else request.models[0]
         if refused:
             yield [_refusal(checkpoints[name], error, model) for name, error in refused.items()]
@@ -205,7 +202,7 @@ def _is_url(model: str) -> bool:
 
 
 def _checkpoint(model: str, dtype: str, request: ServeRequest, scratch: Path, progress: Progress) -> Checkpoint:
-    """Load a model for its proof; save it where vLLM can read it, unless it is a folder."""
+    """Load a model for its log-probabilities; save it where vLLM can read it, unless it is a folder."""
     loaded, tokenizer = load_quietly(model, dtype=dtype, device="cpu", progress=progress)
     random_prompt(loaded, request.prompt_tokens, request.new_tokens, 1)  # raises if impossible
     folder = expanded(model)
@@ -219,8 +216,8 @@ def _checkpoint(model: str, dtype: str, request: ServeRequest, scratch: Path, pr
     size = model_size(loaded)
     rounded = log_probabilities(loaded, tokens)
     exact = log_probabilities(loaded.float(), tokens)
-    proof = Proof(tokens.tolist(), exact, (rounded - exact).abs().mean().item())
-    return Checkpoint(_name(model), folder, size, dtype, proof)
+    rounding = (rounded - exact).abs().mean().item()
+    return Checkpoint(_name(model), folder, size, dtype, tokens.tolist(), exact, rounding)
 
 
 @torch.inference_mode()
@@ -252,7 +249,7 @@ def _started(
 def _refusal(checkpoint: Checkpoint, error: float, model: str) -> NotMeasured:
     reason = (
         f"log-probabilities are {error:.2g} nats from those of transformers in fp32; expected at most "
-        f"{checkpoint.proof.allowed:.2g}, twice the error of transformers in {checkpoint.dtype}"
+        f"{checkpoint.allowed:.2g}, twice the error of transformers in {checkpoint.dtype}"
     )
     return NotMeasured("serve", checkpoint.name, reason, wrong=True, model=model)
 
@@ -342,7 +339,7 @@ class _Bench:
             first_token_speedup=speedup(rounds, first, "p50_ttft_ms"),
             output_token_speedup=speedup(rounds, first, "p50_tpot_ms"),
             log_probability_error=self.errors.get(name),
-            rounding_error=None if known is None else known.proof.rounding,
+            rounding_error=None if known is None else known.rounding,
             client=tuple(rounds),
             conditions=None if known is None else self.now,
         )

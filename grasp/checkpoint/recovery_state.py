@@ -19,21 +19,7 @@ class Snapshot(NamedTuple):
     notes: Mapping[str, Any]
 
 
-class NoRecoveryState:
-    """The interface of ``RecoveryState``; it stores nothing."""
-
-    def begin(self, fingerprint: Mapping[str, Any], clock: Clock) -> None:
-        """Open the run with this fingerprint, and add the time that it has taken so far to ``clock``."""
-
-    def load(self) -> Snapshot | None:
-        """The stored snapshot, or ``None``."""
-        return None
-
-    def save(self, snapshot: Callable[[], Snapshot], *, last: bool = False) -> None:
-        """Store a snapshot if enough time has passed since the last one, or if it is the ``last``."""
-
-
-class RecoveryState(RunFolder, NoRecoveryState):
+class RecoveryState(RunFolder):
     """The run folder of ``recover_``, passed as ``state``; a context manager.
 
     The folder is locked while it is open. It is removed when the ``with`` block ends normally, so save the model inside

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grasp.cli import compress_options as option
 from grasp.cli.arguments import Device, Dtype, Json, Model, parse_batch_size, parse_bits, parse_bytes, parse_layers
 from grasp.cli.processes import started_together, world_size
 from grasp.cli.root import app
-
-if TYPE_CHECKING:
-    from grasp.config import GraspConfig
-    from grasp.workflows.samples import Samples
 
 
 @app.command()
@@ -107,43 +102,35 @@ def compress(
         threshold_ratio=threshold_ratio,
         metric=metric,
     )
-    from grasp.workflows.samples import Samples  # brings torch, which takes seconds
+    from grasp.cli import console, tables  # these bring torch, which takes seconds
+    from grasp.workflows.compress import compress as compress_to_folder
+    from grasp.workflows.dry_run import dry_run as estimate
+    from grasp.workflows.samples import Samples
 
     samples = Samples(calibration, num_samples, seq_len, parse_batch_size(batch_size), seed)
-    job = _estimate if dry_run else _run
-    job(
-        *(model, output, config, samples),
-        costs=costs,
-        dtype=dtype,
-        device=device,
-        memory=None if memory is None else parse_bytes(memory),
-        host_memory=None if host_memory is None else parse_bytes(host_memory),
-        shard=shard,
-        as_json=as_json,
-    )
-
-
-def _run(
-    model: str,
-    output: Path,
-    config: GraspConfig,
-    samples: Samples,
-    *,
-    device: str | None,
-    shard: bool,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Compress and show what was done; of several processes only the first shows."""
-    from grasp.cli import console, tables
-    from grasp.workflows.compress import compress as compress_to_folder
-
+    job = (model, output, config, samples)
+    options: dict[str, Any] = {
+        "costs": costs,
+        "dtype": dtype,
+        "memory": None if memory is None else parse_bytes(memory),
+        "host_memory": None if host_memory is None else parse_bytes(host_memory),
+    }
+    if dry_run:
+        if os.environ.get("RANK", "0") == "0":  # of several processes only the first shows anything
+            number = world_size()
+            plan = estimate(*job, processes=number, sharded=shard and number > 1, device=device, **options)
+            console.print_result(plan, tables.show_dry_run, as_json=as_json)
+            if shard and number == 1 and not as_json:
+                console.print_text(
+                    "--shard: this is for one process; for N start torchrun --nproc-per-node N -m grasp compress ..."
+                )
+        return
     with (
         started_together(device, shard=shard) as (processes, place),
         console.step_bars(quiet=not processes.first) as progress,
     ):
         result = compress_to_folder(
-            *(model, output, config, samples),
+            *job,
             device=place,
             progress=progress,
             notify=progress.note,
@@ -153,28 +140,3 @@ def _run(
         )
     if processes.first:
         console.print_result(result, tables.show_compression, as_json=as_json)
-
-
-def _estimate(
-    model: str,
-    output: Path,
-    config: GraspConfig,
-    samples: Samples,
-    *,
-    shard: bool,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Show what a compression would take, in each of the processes that torchrun started; the first one shows it."""
-    from grasp.cli import console, tables
-    from grasp.workflows.dry_run import dry_run
-
-    if os.environ.get("RANK", "0") != "0":
-        return
-    processes = world_size()
-    result = dry_run(model, output, config, samples, processes=processes, sharded=shard and processes > 1, **options)
-    console.print_result(result, tables.show_dry_run, as_json=as_json)
-    if shard and processes == 1 and not as_json:
-        console.print_text(
-            "--shard: this is for one process; for N start torchrun --nproc-per-node N -m grasp compress ..."
-        )

@@ -20,6 +20,7 @@ from grasp.method.schedules import plan_sweeps
 from grasp.model.batch import CalibrationBatch
 from grasp.model.running import first_device
 from grasp.model.targets import decoder
+from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sweep import capture_prefix, sweep
 
 # Most tokens per forward pass on a CPU, by bytes per number. More tokens were not faster, and 8192 were slower
@@ -34,8 +35,7 @@ def fitting_batch_size(
     num_samples: int,
     seq_len: int,
     memory: int | None = None,
-    trial: bool = True,
-    processes: int = 1,
+    processes: Processes = ALONE,
 ) -> int:
     """The largest batch size for ``compress_`` that fits into the free memory of the device of the model.
 
@@ -48,9 +48,8 @@ def fitting_batch_size(
         num_samples: calibration sequences.
         seq_len: tokens per sequence.
         memory: the budget in bytes above the loaded model; ``None`` for ``FREE_FRACTION`` of the free memory.
-        trial: test the estimate on a GPU. Set it to false if the weights are sharded: the processes would test
+        processes: that divide the free memory of a CPU. If they share the weights, nothing is tested: they would test
             different sizes and wait for each other.
-        processes: that divide the free memory of a CPU.
 
     Raises:
         OutOfMemoryError: if one sequence does not fit.
@@ -58,10 +57,10 @@ def fitting_batch_size(
     """
     device = first_device(model)
     job = CompressionJob(model.config, config, model.dtype, device, num_samples, seq_len)
-    share = FREE_FRACTION / (processes if device.type == "cpu" else 1)
+    share = FREE_FRACTION / (processes.size if device.type == "cpu" else 1)
     budget = int(share * free_bytes(device)) if memory is None else memory
     largest = largest_batch_size(job, budget).batch_size
-    if device.type == "cpu" or not trial:
+    if device.type == "cpu" or processes.sharded:
         return largest
     return executable_batch_size(largest, lambda size: try_batch(model, config, budget, seq_len, size))
 

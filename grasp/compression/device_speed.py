@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -17,24 +16,6 @@ from grasp_kernels.roofline import Card
 
 PROBE_SECONDS = 0.2  # per rate
 _LARGEST_SVD = 512  # rows and columns of the decomposed matrix, at most; larger ones take seconds
-
-
-class WideRates(NamedTuple):
-    """The peak FLOP/s of a card in the wider dtypes, with tensor cores in fp64 where there are any."""
-
-    fp32: float
-    fp64: float
-
-
-# From the vendors' data sheets, as ``grasp_kernels.roofline.CARDS``. A consumer card has 1/64 of its fp32 rate in fp64.
-WIDE_RATES = {
-    "A100": WideRates(19.5e12, 19.5e12),
-    "H100": WideRates(67e12, 67e12),
-    "H200": WideRates(67e12, 67e12),
-    "L40S": WideRates(91.6e12, 1.43e12),
-    "RTX 4090": WideRates(82.6e12, 1.29e12),
-    "B200": WideRates(75e12, 37e12),
-}
 
 
 @dataclass(frozen=True)
@@ -77,15 +58,14 @@ def card_rates(card: Card, tokens: int, *, dtype: torch.dtype, basis: Basis) -> 
     """The peak rates of a card, which no program reaches: a bound on the time, not a forecast.
 
     Args:
-        card: a row of ``grasp_kernels.roofline.CARDS``; measured rates of a card count as those of its own.
+        card: a row of ``grasp_kernels.roofline.CARDS``.
         tokens: tokens per forward pass; with few of them, reading the weights takes longer than the products.
         dtype: dtype of the sweeps.
         basis: in which matrices are decomposed: by covariances in fp64, otherwise in fp32.
     """
-    wide = WIDE_RATES[card.name.removesuffix(" measured")]
-    narrow = {2: card.flops, 4: wide.fp32, 8: wide.fp64}[dtype.itemsize]
+    narrow = {2: card.flops, 4: card.fp32, 8: card.fp64}[dtype.itemsize]
     reading = 2 * tokens * card.bandwidth / dtype.itemsize
-    return Rates(sweeps=min(narrow, reading), statistics=narrow, svd=wide.fp64 if basis.inputs else wide.fp32)
+    return Rates(sweeps=min(narrow, reading), statistics=narrow, svd=card.fp64 if basis.inputs else card.fp32)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -57,7 +57,7 @@ def decide(run: Run, plan: Plan, selections: Selections) -> Decision:
     """
     run.clock.enter("candidates")
     tokens = sum(batch.num_tokens for batch in run.batches)
-    nats = nats_per_score(run.config.basis, run.config.metric, tokens)
+    nats = nats_per_score(run.config.metric, tokens)
     dense, losses = Candidate(DENSE, (), {}), dict[str, float]()
     if not run.held_out or plan.bits_suffice:
         (only,) = candidates(selections, plan, run.prices, {}, nats).values()

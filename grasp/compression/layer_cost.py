@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from threading import get_ident
@@ -35,10 +35,6 @@ from grasp.statistics.sweep import visiting
 _aten = torch.ops.aten
 
 
-def _lowrank_flops(x: Sequence[int], U: Sequence[int], s: Any, Vh: Sequence[int], *_: Any, **__: Any) -> int:
-    return 2 * math.prod(x[:-1]) * Vh[0] * (U[0] + x[-1])
-
-
 # Shapes → FLOPs of the ops that the counter of PyTorch does not support.
 FLOP_FORMULAS = {
     _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
@@ -46,7 +42,6 @@ FLOP_FORMULAS = {
         sdpa_backward_flop_count(grad, q, k, v)
     ),
     _aten._grouped_mm: lambda x, weights, *_, **__: 2 * math.prod(x) * weights[-1],  # tokens sorted by expert
-    torch.ops.grasp.lowrank_linear: _lowrank_flops,
 }
 
 

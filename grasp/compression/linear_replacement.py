@@ -21,7 +21,7 @@ from grasp.compression.candidates import Candidate
 from grasp.compression.run import Run
 from grasp.errors import UnsupportedModelError
 from grasp.formatting import layer_ranges
-from grasp.method.linear_map import linear_map
+from grasp.method.least_squares import linear_map
 from grasp.model.hooks import hooked
 from grasp.model.last_added import last_added, merge_map_
 from grasp.model.layer_removal import can_remove

@@ -19,7 +19,7 @@ from grasp.compression.held_out import measure_whole, removal_losses
 from grasp.compression.rounds import Work
 from grasp.compression.run import Run
 from grasp.compression.selection import Selection, Selections
-from grasp.compression.spans import Selector
+from grasp.compression.spans import select
 from grasp.method.channels import narrow, widths_of
 from grasp.method.knapsack import DENSE
 from grasp.method.metrics import nats_per_score
@@ -163,12 +163,12 @@ def _choose_(run: Run, plan: Plan, work: Work) -> None:
     def extra(target: Target, weight: Tensor, covariance: Covariance) -> dict[str, Tensor]:
         return channel_tensors(of[target], target, weight, covariance) if target in of else {}
 
-    selections = Selector(run, ceilings(run.config, plan), work.prefix).select(members, "first", extra=extra)
+    selections = select(run, plan, work.prefix, members, "first", extra=extra)
     removal: dict[int, float] = {}
     if found and run.config.target_latency is not None:  # layers take time beside their linears
         run.clock.enter("candidates")
         tokens = sum(batch.num_tokens for batch in run.batches)
-        scale = REMOVAL_LOSS_SCALES[0] / nats_per_score(run.config.basis, run.config.metric, tokens)
+        scale = REMOVAL_LOSS_SCALES[0] / nats_per_score(run.config.metric, tokens)
         removal = {layer: scale * loss for layer, loss in removal_losses(run, plan).items()}
     widths = choose_widths(run, plan, selections, found, removal)
     down = {mlp.path: selections[mlp.down].file for mlp in found}

@@ -24,14 +24,13 @@ from grasp.compression.selection import (
     skip,
     stored_replacements,
 )
-from grasp.compression.spans import Selector
+from grasp.compression.spans import select
 from grasp.environment import return_freed_memory
 from grasp.method.knapsack import DENSE
 from grasp.method.metrics import samples_labels
 from grasp.method.ranks import break_even_rank
 from grasp.method.schedules import plan_sweeps
 from grasp.model.dense import dense_shape
-from grasp.model.hooks import replaced
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.offload import place_like, release_
 from grasp.model.targets import Target, decoder
@@ -124,9 +123,8 @@ def pivot_all_(modules: Sequence[LowRankLinear], processes: Processes) -> None:
 
 def decide_in_order_(run: Run, plan: Plan, work: Work) -> None:
     """Replace the linears of one sweep after the other; each sweep runs on the model so far (arXiv 2501.00339)."""
-    selector = Selector(run, ceilings(run.config, plan), work.prefix)
     for members in work.sweeps:
-        selections = selector.select(members, "only")
+        selections = select(run, plan, work.prefix, members, "only")
         replacements = [
             replacement(run.state, target, selections[target], len(selections[target].indices)) for target in members
         ]
@@ -146,16 +144,9 @@ def decide_globally(run: Run, plan: Plan, work: Work) -> Decision:
     if not work.sweeps:
         return Decision((), {}, {}, {}, {})
     [members] = work.sweeps
-    selector = Selector(run, ceilings(run.config, plan), work.prefix)
     if _is_cut(run, plan):
-        _cut(run, plan, selector, members)
-        selections = selector.select(
-            *(members, "second"),
-            ranks=run.state.cut,
-            stand_in=lambda layers: replaced(run.model, _first_cut(run, members, layers)),
-        )
-    else:
-        selections = selector.select(members, "second")
+        _cut(run, plan, work.prefix, members)
+    selections = select(run, plan, work.prefix, members, "second")
     decision = decide(run, plan, selections)
     run.processes.wait_for_all()
     files: dict[str, str | None] = {f"cut-{target.name}": None for target in members}
@@ -202,11 +193,11 @@ def _decided(run: Run, target: Target, decision: Decision) -> Replacement:
     return replacement(run.state, target, selection, decision.ranks.get(target.name, DENSE))
 
 
-def _cut(run: Run, plan: Plan, selector: Selector, members: Sequence[Target]) -> None:
+def _cut(run: Run, plan: Plan, prefix: Prefix, members: Sequence[Target]) -> None:
     """Spend the first share of the budget: write the low-rank linears of the model that is swept next."""
     if run.state.cut is not None:
         return
-    selections = selector.select(members, "first")
+    selections = select(run, plan, prefix, members, "first")
     ranks = low_ranks(selections, plan, run.prices, FIRST_SHARE)
 
     def write(target: Target) -> str:
@@ -220,13 +211,3 @@ def _cut(run: Run, plan: Plan, selector: Selector, members: Sequence[Target]) ->
         files[f"cut-{target.name}"] = name
     run.processes.wait_for_all()  # they may still read the files that are removed
     run.state.record(files, cut={target.name: rank for target, rank in ranks.items()})
-
-
-def _first_cut(run: Run, members: Sequence[Target], layers: range) -> dict[str, LowRankLinear]:
-    """The low-rank linears of the first cut in some layers, by path."""
-    files = {target: run.state.files.get(f"cut-{target.name}") for target in members if target.layer in layers}
-    return {
-        target.name: LowRankLinear.from_factors(target.module, run.state.read(file)[0])
-        for target, file in files.items()
-        if file is not None
-    }

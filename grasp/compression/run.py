@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +14,12 @@ from grasp.checkpoint.run_state import NoState
 from grasp.compression.budget import Prices, Targets, dense_seconds, find_prices
 from grasp.compression.eligible import ModulesLeft, check_layers, eligible_targets, require_positions
 from grasp.compression.memory_budget import MemoryBudget
-from grasp.compression.span_plan import PlannedSpan
 from grasp.config import GraspConfig
 from grasp.method.cost_table import CostTable
 from grasp.model.batch import CalibrationBatch, batches_digest
 from grasp.model.offload import is_fetched_per_call
 from grasp.model.size import Size, model_size
-from grasp.model.targets import Target, decoder
+from grasp.model.targets import decoder
 from grasp.progress import Clock, Progress
 from grasp.statistics.hidden_states import Scratch
 from grasp.statistics.processes import Processes
@@ -71,19 +70,6 @@ class Run:
     processes: Processes
     gather: Callable[..., Scores] = gather_scores
     narrowed: bool = False
-
-    def spans(self, targets: Collection[Target], ranks: Mapping[str, int] | None = None) -> list[PlannedSpan]:
-        """The layers that are swept together to score some linears, the deepest first.
-
-        Args:
-            targets: linears of one or more layers.
-            ranks: ranks of the low-rank linears that stand in for dense ones, by path.
-
-        Raises:
-            OutOfMemoryError: if the memory does not suffice; the message has the least that does.
-        """
-        layers = range(min(target.layer for target in targets), len(decoder(self.model).layers))
-        return self.memory.spans(targets, layers, ranks)
 
 
 @torch.inference_mode(mode=False)

@@ -15,6 +15,7 @@ from grasp.method.ranks import Shape
 PRIORS = (3_000, 12_000, 48_000, 192_000)
 PRIOR_TOKENS, WEIGHT_PRIOR_TOKENS = 48_000, 10_000  # the first if none of ``PRIORS`` can be chosen
 SAMPLED_ROWS = 512  # of U, at most, that choose it
+MAP_RIDGE = 1e-3  # of the mean diagonal of Σ y yᵀ; pulls a linear map towards the identity
 
 
 class Moments(NamedTuple):
@@ -184,3 +185,20 @@ def products_flops(shape: Shape, rank: int) -> int:
 
 def _row_count(shape: Shape) -> int:
     return len(range(shape[0])[sampled_rows(shape[0])])
+
+
+def linear_map(gram: Tensor, cross: Tensor) -> Tensor:
+    """The T that minimises ``Σ ‖T y − z‖² + λ ‖T − 1‖²``, with λ = ``MAP_RIDGE`` · mean diagonal of ``Σ y yᵀ``.
+
+    Args:
+        gram: ``Σ y yᵀ``, (H, H).
+        cross: ``Σ z yᵀ``, (H, H).
+
+    Returns:
+        (H, H) fp64.
+    """
+    place = fp64_device(gram.device)
+    gram, cross = to_double(gram, place), to_double(cross, place)
+    ridge = _ridge(gram, MAP_RIDGE, 1)
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=place)
+    return _solved(_factors(gram, ridge), cross, identity, ridge)

@@ -48,18 +48,13 @@ def samples_labels(basis: str, metric: str) -> bool:
     return BASES[basis].outputs and METRICS[metric].moment == "none"
 
 
-def nats_per_score(basis: str, metric: str, tokens: int) -> float:
+def nats_per_score(metric: str, tokens: int) -> float:
     """The loss that dropping a group with a score of 1 is predicted to add, in nats per token.
 
     Args:
-        basis: a name from ``BASES``.
-        metric: a name from ``METRICS``.
+        metric: a name from ``METRICS``, one that predicts a loss, as a global budget requires.
         tokens: how many the score is a sum over.
-
-    Raises:
-        ValueError: if the metric predicts no loss in this basis.
     """
-    row = METRICS[metric]
-    if basis not in row.loss_bases or row.nats is None:
-        raise ValueError(f"metric={metric!r} in the {basis} basis predicts no loss; expected one that does")
-    return row.nats(tokens)
+    nats = METRICS[metric].nats
+    assert nats is not None
+    return nats(tokens)

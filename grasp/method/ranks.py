@@ -80,13 +80,7 @@ def rank_for_threshold(importance: Tensor, threshold_ratio: float, shape: Shape,
 
 
 def redundant_layers(scores: Sequence[float], count: int) -> tuple[int, ...]:
-    """The ``count`` layers with the smallest scores, most redundant first. Of equals, the shallower comes first.
-
-    Raises:
-        ValueError: if there are fewer layers than ``count``.
-    """
-    if count > len(scores):
-        raise ValueError(f"the model has {len(scores)} decoder layers, got num_layers={count}")
+    """The ``count`` layers with the smallest scores, most redundant first. Of equals, the shallower comes first."""
     return tuple(sorted(range(len(scores)), key=lambda layer: scores[layer])[:count])
 
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from grasp.method.channels import widths_of
 from grasp.method.ranks import Shape
-from grasp.model.dense import dense_shape
 from grasp.model.gated_mlp import FORMULA, formula_of
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.offload import release_
@@ -74,13 +73,12 @@ def narrowed_mlps(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def narrowed_shapes(model: nn.Module) -> dict[str, Shape]:
     """The shapes, [N, K], of the linears in marked MLPs, by path: those of the ``quantization_config``."""
-    linears = (
-        (f"{path}.{name}", child)
+    return {
+        f"{path}.{name}": (child.out_features, child.in_features)
         for path, mlp in narrowed_mlps(model)
         for name, child in mlp.named_children()
         if isinstance(child, LINEARS)
-    )
-    return {path: shape_of(linear) for path, linear in linears}
+    }
 
 
 def narrowest_shapes(model: nn.Module) -> list[Shape]:
@@ -94,13 +92,6 @@ def narrowest_shapes(model: nn.Module) -> list[Shape]:
             for width in widths_of(channels)[-1:]:
                 shapes += [(width, inputs), (outputs, width)]
     return shapes
-
-
-def shape_of(linear: nn.Module) -> Shape:
-    """(N, K) of a linear, dense or not."""
-    if isinstance(linear, nn.Linear):
-        return dense_shape(linear)
-    return linear.out_features, linear.in_features  # type: ignore[return-value]
 
 
 def empty_linear(like: nn.Linear, shape: Shape, device: str | None = None) -> nn.Linear:

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 
-from grasp.bench.records import RECORDS
+from grasp.bench.records import RECORDS, ModelResult
 from grasp.bench.schema import Record, case_text, grouped, notes
 from grasp.errors import ResultsError
 from grasp.reporting.html import not_measured, paragraph, table
@@ -54,8 +54,10 @@ def require_same_model(records: Sequence[Record], model: str | None, folder: str
             raise ResultsError(
                 f"{path} has results of {record.measured_model}, but {folder} was made from {model}; omit the file"
             )
-        if name != folder and record.dense_parameters not in (None, parameters):
+        if not isinstance(record, ModelResult) or record.provider != "dense":
+            continue
+        if name != folder and record.parameters != parameters:
             raise ResultsError(
-                f"{path} has results of {record.measured_model} with {record.dense_parameters} parameters, but "
+                f"{path} has results of {record.measured_model} with {record.parameters} parameters, but "
                 f"{folder} was made from a model with {parameters}; omit the file"
             )

@@ -25,12 +25,11 @@ class Scratch:
 
     Attributes:
         held: bytes in memory now.
-        written: bytes that were written to files.
     """
 
     def __init__(self, folder: Path | None = None, memory: int | None = None) -> None:
         self._folder, self._memory = folder, memory
-        self.held = self.written = 0
+        self.held = 0
 
     def takes(self, nbytes: int) -> bool:
         """Whether so many bytes more stay in memory; if so, they are counted."""
@@ -61,7 +60,6 @@ class Scratch:
             file.flush()
         except OSError as error:
             raise self._failed(error) from error
-        self.written += tensor.nbytes
 
     def _failed(self, error: OSError) -> ResumeError:
         return ResumeError(

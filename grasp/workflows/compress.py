@@ -319,8 +319,7 @@ def _with_batch_size(
         num_samples=samples.num_samples,
         seq_len=samples.seq_len,
         memory=memory,
-        trial=not processes.sharded,
-        processes=processes.size,
+        processes=processes,
     )
     size = processes.least(size)
     notify(f"batch size {size}")

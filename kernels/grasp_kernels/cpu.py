@@ -23,43 +23,40 @@ _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}  # grasp_activa
 _UNGATED = -1
 
 
-def lowrank_linear_grouped(
-    x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor] | None = None
-) -> list[Tensor]:
-    """Several low-rank linears of one input in one parallel region; x is (M, K)."""
-    if outputs is None:
-        return run(x, factors)
-    _run(x, tuple(factors), tuple(outputs), _UNGATED, 0)
-    return list(outputs)
-
-
 def lowrank_glu(x: Tensor, gate: Factors, up: Factors, activation: str) -> Tensor:
     """``act(gate(x)) * up(x)``, in one parallel region unless factors are pivoted; x is (M, K)."""
     if gate.order is None and up.order is None:
-        return run(x, (gate, up), activation)[0]
+        return run(x, (gate, up), activation=activation)[0]
     gate_y, up_y = run(x, (gate, up))
     return ACTIVATIONS[activation].forward(gate_y) * up_y
 
 
 def run(
-    x: Tensor, factors: Sequence[Factors], activation: str | None = None, *, instruction_set: str = "auto"
+    x: Tensor,
+    factors: Sequence[Factors],
+    outputs: Sequence[Tensor] | None = None,
+    *,
+    activation: str | None = None,
+    instruction_set: str = "auto",
 ) -> list[Tensor]:
-    """Run a call with the kernels of a given instruction set.
+    """Several low-rank linears of one input in one parallel region, or their gated linear unit.
 
     Args:
         x: (M, K); fp32, fp16 or bf16 on the CPU.
         factors: dtype of x, int8 or int4; s and scales may be fp32. Tensors that the kernels cannot read in place are
             copied first.
+        outputs: filled if given, (M, N_i).
         activation: if given, ``factors`` are the gate and the up projection, and there is one output.
         instruction_set: one of ``INSTRUCTION_SETS``; ``"auto"`` is the best one for the call.
 
     Raises:
         RuntimeError: if this processor or this build lacks the instruction set.
     """
-    outputs = [x.new_empty(x.shape[0], group.out_features) for group in factors[: 1 if activation else None]]
+    if outputs is None:
+        outputs = [x.new_empty(x.shape[0], group.out_features) for group in factors[: 1 if activation else None]]
     code = _UNGATED if activation is None else _ACTIVATIONS[activation]
     _run(x, tuple(factors), tuple(outputs), code, INSTRUCTION_SETS[instruction_set])
-    return outputs
+    return list(outputs)
 
 
 def _run(
@@ -80,7 +77,7 @@ def _contiguous(group: Factors) -> Factors:
 def open_direct_path(
     types: tuple[type[Tensor], ...], watchers: tuple[Callable[[], object], ...], auto_rows: Mapping[torch.dtype, int]
 ) -> dict[str, Callable[..., Any]]:
-    """The compiled ops of csrc/direct.h, by name; ``dispatch.open_direct_path`` says how they behave.
+    """The compiled ops of csrc/direct.h, by name. Their limits hold for the whole process until the next call of this.
 
     Args:
         types: the exact types of tensors that they accept; ``torch.Tensor`` is the first.

@@ -22,13 +22,6 @@ PATH_CODES = {"auto": 0, "pair": 1, "dependent": 2, "cooperative": 3}  # grasp_c
 _RANK = 9  # the index of R in the tuple of `pointers`
 
 
-def lowrank_linear_grouped(
-    x: Tensor, factors: Sequence[Factors], outputs: Sequence[Tensor] | None = None
-) -> list[Tensor]:
-    """Several low-rank linears of one input; x is (M, K). A pair of launches runs up to 8 that are stored alike."""
-    return run(x, factors, outputs)
-
-
 def run(
     x: Tensor,
     factors: Sequence[Factors],
@@ -37,7 +30,7 @@ def run(
     path: str = "auto",
     splits: int = 0,
 ) -> list[Tensor]:
-    """Run a call with a given kernel.
+    """Several low-rank linears of one input; a pair of launches runs up to 8 that are stored alike.
 
     Args:
         x: (M, K), M at most 16; fp32, fp16 or bf16 on a CUDA device.

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .dispatch import open_direct_path
+from .cpu import open_direct_path
+from .dispatch import CPU_ROWS, backend_missing
 from .recording import recorders
 
 PLAIN_TYPES = (Tensor, nn.Parameter)
@@ -30,6 +31,6 @@ def _decline(*_: object) -> None:
     """Stands for the direct path of an op that has none."""
 
 
-_ops = open_direct_path(PLAIN_TYPES, DIRECT_WATCHERS)
+_ops = open_direct_path(PLAIN_TYPES, DIRECT_WATCHERS, CPU_ROWS) if backend_missing("cpu") is None else {}
 linear: Callable[..., Tensor | None] = _ops.get("lowrank_linear", _decline)
 grouped: Callable[..., tuple[Tensor, ...] | None] = _ops.get("lowrank_linear_grouped", _decline)

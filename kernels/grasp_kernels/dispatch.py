@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from .checks import DTYPES
 from .extension import module_missing
@@ -47,7 +46,6 @@ class OpCall(NamedTuple):
 class DirectPath(NamedTuple):
     """Compiled ops of a backend that run a small call without PyTorch's dispatcher, which takes 3 to 6 µs."""
 
-    opener: str  # ".module:function", called by ``open_direct_path``
     ops: tuple[str, ...]
     rows: Mapping[torch.dtype, int]  # most rows of x for "auto"
     groups: int  # most factors in one call
@@ -182,18 +180,17 @@ def _cpu_avoids(call: OpCall) -> str | None:
 
 
 _CPU_FUNCTIONS = {
-    **dict.fromkeys(LINEARS, ".cpu:lowrank_linear_grouped"),
+    **dict.fromkeys(LINEARS, ".cpu:run"),
     "lowrank_glu": ".cpu:lowrank_glu",
     "singular_value_grad": ".routes:chunked",
 }
 _CPU_DIRECT = DirectPath(
-    opener=".cpu:open_direct_path",
     ops=LINEARS,
     rows=CPU_ROWS,
     groups=8,  # MOST_GROUPS in csrc/direct.h
     dimensions=8,  # MOST_DIMENSIONS there
 )
-_CUDA_FUNCTIONS = dict.fromkeys(LINEARS, ".cuda:lowrank_linear_grouped")
+_CUDA_FUNCTIONS = dict.fromkeys(LINEARS, ".cuda:run")
 _TRITON_FUNCTIONS = {
     **dict.fromkeys(LINEARS, ".triton.lowrank_linear:lowrank_linear_grouped"),
     "lowrank_glu": ".triton.lowrank_glu:lowrank_glu",
@@ -302,26 +299,6 @@ def _select(
     if backend != "auto" and objection(row, call) is not None:
         return None
     return _load(row.functions[call.op])
-
-
-def open_direct_path(
-    types: tuple[type[Tensor], ...], watchers: tuple[Callable[[], object], ...]
-) -> dict[str, Callable[..., Any]]:
-    """Hand the table's limits to the compiled direct path, and return its ops; empty if this machine has none.
-
-    An op takes the arguments of the public op, in order. It returns ``None``, and does nothing, for a call that must
-    take the registered op. The limits hold for the whole process until the next call of this function.
-
-    Args:
-        types: the exact types of tensors that the direct path accepts.
-        watchers: functions without arguments; a true answer means that a mode, a transform or a tracer is active.
-    """
-    ops: dict[str, Callable[..., Any]] = {}
-    for row in BACKENDS:
-        if row.direct is not None and backend_missing(row.name) is None:
-            functions = _load(row.direct.opener)(types, watchers, row.direct.rows)
-            ops |= {op: functions[op] for op in row.direct.ops}
-    return ops
 
 
 def explain(

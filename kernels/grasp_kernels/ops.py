@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -252,14 +253,19 @@ def singular_value_grad(
     if second_moment not in (None, "token", "sample"):
         raise ValueError(f"second_moment must be None, 'token' or 'sample', got {second_moment!r}")
     unit = second_moment or "none"
-    options = (cu_seqlens, per_sample, unit, mask, backend)
+    context: AbstractContextManager[object] = nullcontext()
     if torch._C._is_any_autocast_enabled():
         check_castable(x=x, grad_y=grad_y, U=U, Vh=Vh)
         if _autocasts(x):
             dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in (x, grad_y, U, Vh)))
-            with torch.autocast(x.device.type, enabled=False):
-                return _run_singular_value_grad(x.to(dtype), grad_y.to(dtype), U.to(dtype), Vh.to(dtype), *options)
-    return _run_singular_value_grad(x, grad_y, U, Vh, *options)
+            x, grad_y, U, Vh = (tensor.to(dtype) for tensor in (x, grad_y, U, Vh))
+            context = torch.autocast(x.device.type, enabled=False)
+    with context:
+        check_singular_value_grad(x, grad_y, U, Vh, cu_seqlens, mask)
+        plain = _is_plain(x, grad_y, U, Vh, cu_seqlens, mask)
+        run = registered.singular_value_grad if plain else ops.singular_value_grad.default
+        first, second = run(x, grad_y, U, Vh, cu_seqlens, per_sample, unit, mask, backend)
+    return SingularValueGrad(first, None if unit == "none" else second)
 
 
 def _run_group(op: str, x: Tensor, members: Sequence[Factors | Dense], backend: str) -> Any:
@@ -274,24 +280,6 @@ def _run_group(op: str, x: Tensor, members: Sequence[Factors | Dense], backend: 
     columns = [[tensor for tensor in column if tensor is not None] for column in zip(*rows, strict=True)]
     present = [tensor is not None for row in rows for tensor in row]
     return getattr(ops, op).default(x, *columns, present, backend)
-
-
-def _run_singular_value_grad(
-    x: Tensor,
-    grad_y: Tensor,
-    U: Tensor,
-    Vh: Tensor,
-    cu_seqlens: Tensor | None,
-    per_sample: bool,
-    unit: str,
-    mask: Tensor | None,
-    backend: str,
-) -> SingularValueGrad:
-    check_singular_value_grad(x, grad_y, U, Vh, cu_seqlens, mask)
-    plain = _is_plain(x, grad_y, U, Vh, cu_seqlens, mask)
-    run = registered.singular_value_grad if plain else ops.singular_value_grad.default
-    first, second = run(x, grad_y, U, Vh, cu_seqlens, per_sample, unit, mask, backend)
-    return SingularValueGrad(first, None if unit == "none" else second)
 
 
 def _autocast(x: Tensor, members: Sequence[Linear]) -> tuple[Tensor, Sequence[Linear]]:

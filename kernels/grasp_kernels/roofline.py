@@ -18,6 +18,8 @@ class Card:
     name: str
     flops: float  # FLOP/s in the dtype in question; bf16 with fp32 accumulation, without sparsity, in CARDS
     bandwidth: float  # bytes/s of main memory
+    fp32: float = 0.0  # FLOP/s in fp32, and in fp64 with tensor cores where there are any; 0 if not known
+    fp64: float = 0.0
 
     def __post_init__(self) -> None:
         if self.flops <= 0 or self.bandwidth <= 0:
@@ -27,16 +29,17 @@ class Card:
 
 
 # Peaks from the vendors' data sheets and architecture white papers. A good kernel reaches 75 to 90 % of them.
+# A consumer card has 1/64 of its fp32 rate in fp64.
 _DATASHEET = (
-    Card("A100", 312e12, 2.039e12),  # SXM, 80 GB
-    Card("H100", 989e12, 3.35e12),  # SXM5, 80 GB
-    Card("H200", 989e12, 4.8e12),  # SXM
-    Card("L40S", 362e12, 0.864e12),
-    Card("RTX 4090", 165e12, 1.008e12),
-    Card("B200", 2250e12, 8.0e12),  # HGX
+    Card("A100", 312e12, 2.039e12, 19.5e12, 19.5e12),  # SXM, 80 GB
+    Card("H100", 989e12, 3.35e12, 67e12, 67e12),  # SXM5, 80 GB
+    Card("H200", 989e12, 4.8e12, 67e12, 67e12),  # SXM
+    Card("L40S", 362e12, 0.864e12, 91.6e12, 1.43e12),
+    Card("RTX 4090", 165e12, 1.008e12, 82.6e12, 1.29e12),
+    Card("B200", 2250e12, 8.0e12, 75e12, 37e12),  # HGX
 )
-# Rates that a copy and a matmul reach in practice.
-_MEASURED = (Card("H100 measured", 798e12, 3.0e12),)
+# What a copy and a matmul in bf16 reach in practice.
+_MEASURED = (Card("H100 measured", 798e12, 3.0e12, 67e12, 67e12),)
 CARDS: dict[str, Card] = {card.name: card for card in (*_DATASHEET, *_MEASURED)}
 
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from grasp.bench.ops import totals
 from grasp.bench.records import OpResult
-from grasp.bench.totals import totals
 from tests.bench.records import record
 
 

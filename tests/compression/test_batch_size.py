@@ -21,6 +21,7 @@ from grasp.compression.memory_budget import FREE_FRACTION
 from grasp.config import GraspConfig
 from grasp.environment import free_bytes
 from grasp.errors import OutOfMemoryError
+from grasp.statistics.processes import Processes
 from tests.tiny_models import tiny_model
 
 CPU = torch.device("cpu")
@@ -115,7 +116,7 @@ def test_a_batch_size_for_a_model_comes_from_free_memory(monkeypatch: pytest.Mon
     assert fitting_batch_size(model, config, num_samples=8, seq_len=128) == 2
     assert fitting_batch_size(model, config, num_samples=8, seq_len=128, memory=2 * needs) > 2
     monkeypatch.setattr(batch_size, "free_bytes", lambda device: 2 * needs / FREE_FRACTION + 2)
-    assert fitting_batch_size(model, config, num_samples=8, seq_len=128, processes=2) == 2
+    assert fitting_batch_size(model, config, num_samples=8, seq_len=128, processes=Processes(0, 2)) == 2
 
 
 def test_the_memory_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from grasp.compress import compress_
 from grasp.compression import held_out as choice
 from grasp.compression.linear_replacement import TAKES_MAP
 from grasp.config import GraspConfig
-from grasp.method.linear_map import linear_map
+from grasp.method.least_squares import linear_map
 from grasp.model.batch import as_batches
 from grasp.model.dense import dense_weight
 from grasp.model.targets import decoder

@@ -314,7 +314,9 @@ def test_random_linears_with_each_instruction_set(
     sets = [name for name in cpu.INSTRUCTION_SETS if cpu.supports(name)]
     for call, x, groups in valid_linears(60_000 if fuzzing else 300):
         for name in sets:
-            checker.compare_rows(call, cpu.run(x, groups, call.options.get("activation"), instruction_set=name))
+            checker.compare_rows(
+                call, cpu.run(x, groups, activation=call.options.get("activation"), instruction_set=name)
+            )
             checker.counts[name] += 1
     checker.flush()
     report(checker.counts, record_property, "instruction sets")

@@ -16,6 +16,7 @@ from grasp.method.least_squares import (
     least_squares,
     least_squares_bytes,
     least_squares_flops,
+    linear_map,
     sampled_rows,
 )
 from grasp.method.ranks import break_even_rank
@@ -129,3 +130,15 @@ def test_the_peaks_are_the_estimates() -> None:
     cases = [("least_squares", shape, break_even_rank(shape, "factored")) for shape in ((1200, 600), (600, 1200))]
     for (_, shape, rank), measured in zip(cases, peaks_of(cases), strict=True):
         assert measured == pytest.approx(least_squares_bytes(shape, rank), rel=0.1)
+
+
+def test_the_map_is_the_least_squares_solution() -> None:
+    y, z = torch.randn(80, 6, dtype=torch.float64), torch.randn(80, 6, dtype=torch.float64)
+    y *= 1e3
+    T = linear_map(y.mT @ y, z.mT @ y)
+    torch.testing.assert_close(T, torch.linalg.lstsq(y, z).solution.mT, rtol=0, atol=2e-3)
+
+
+def test_the_map_of_nothing_is_the_identity() -> None:
+    y = torch.randn(80, 6, dtype=torch.float64)
+    torch.testing.assert_close(linear_map(y.mT @ y, y.mT @ y), torch.eye(6, dtype=torch.float64))

@@ -69,7 +69,7 @@ def test_gated_units(instruction_set: str, activation: str, dtype: torch.dtype, 
     generator = seeded()
     x = normal((rows, 96), generator, dtype=dtype, scale=2)
     gate, up = (factors(70, 96, rank, generator, s=True, bias=True, dtype=dtype) for rank in (20, 33))
-    (y,) = cpu.run(x, [gate, up], activation, instruction_set=instruction_set)
+    (y,) = cpu.run(x, [gate, up], activation=activation, instruction_set=instruction_set)
     exact = glu(x.double(), double(gate), double(up), activation)
     assert_accurate("linear", dtype, y, glu(x, gate, up, activation), exact)
 
@@ -80,7 +80,7 @@ def test_activations_are_right_far_from_zero(instruction_set: str) -> None:
     one = Factors(torch.ones(1, 1), None, torch.ones(1, 1), None)
     constant = Factors(torch.ones(1, 1), None, torch.zeros(1, 1), torch.ones(1))
     for activation, function in (("silu", torch.nn.functional.silu), ("gelu", torch.nn.functional.gelu)):
-        (y,) = cpu.run(x, [one, constant], activation, instruction_set=instruction_set)
+        (y,) = cpu.run(x, [one, constant], activation=activation, instruction_set=instruction_set)
         torch.testing.assert_close(y, function(x.double()).float(), rtol=3e-6, atol=1e-30)
 
 

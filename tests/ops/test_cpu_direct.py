@@ -245,7 +245,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[torch.dty
 
     def open_again() -> None:
         dispatch._select.cache_clear()
-        dispatch.open_direct_path(direct_path.PLAIN_TYPES, direct_path.DIRECT_WATCHERS)
+        cpu.open_direct_path(direct_path.PLAIN_TYPES, direct_path.DIRECT_WATCHERS, CPU_ROWS)
 
     yield change
     monkeypatch.undo()
@@ -339,7 +339,7 @@ def opened() -> Iterator[Callable[..., None]]:
         cpu._module().set_up(direct_path.PLAIN_TYPES, (watchers,), vars(forward_ad), *others, rows)
 
     yield open_with
-    dispatch.open_direct_path(direct_path.PLAIN_TYPES, direct_path.DIRECT_WATCHERS)
+    cpu.open_direct_path(direct_path.PLAIN_TYPES, direct_path.DIRECT_WATCHERS, CPU_ROWS)
 
 
 FUNCTIONS: dict[str, Callable[..., object]] = {

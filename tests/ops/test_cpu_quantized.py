@@ -98,7 +98,7 @@ def test_groups_and_gated_units_mix_forms(instruction_set: str, dtype: torch.dty
     for y, group in zip(cpu.run(x, groups, instruction_set=instruction_set), groups, strict=True):
         check_linear(y, x, group)
     gate, up = groups[3], groups[0]
-    (y,) = cpu.run(x, [gate, up], "silu", instruction_set=instruction_set)
+    (y,) = cpu.run(x, [gate, up], activation="silu", instruction_set=instruction_set)
     check_glu(y, x, gate, up)
 
 

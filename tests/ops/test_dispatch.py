@@ -164,7 +164,7 @@ def test_explain_says_which_row_runs_and_why_the_others_do_not(table: pytest.Mon
 
 def test_explain_says_why_a_call_does_not_take_the_direct_path(table: pytest.MonkeyPatch) -> None:
     rows = {torch.float32: 4}
-    path = DirectPath("builtins:dict", ops=("lowrank_linear_grouped",), rows=rows, groups=2, dimensions=3)
+    path = DirectPath(ops=("lowrank_linear_grouped",), rows=rows, groups=2, dimensions=3)
     use(table, replace(row("fast"), direct=path))
     answers = [explain("lowrank_linear_grouped", rows=4, rank=2, groups=groups)["path"] for groups in (2, 3)]
     answers.append(explain("lowrank_glu", rows=4, rank=2)["path"])
@@ -173,12 +173,6 @@ def test_explain_says_why_a_call_does_not_take_the_direct_path(table: pytest.Mon
     assert "at most 2 groups, not 3" in answers[1]
     assert "of fast has no lowrank_glu" in answers[2]
     assert "at most 4 rows of torch.float32, not 5" in answers[3]
-
-
-def test_only_a_row_that_can_run_opens_its_direct_path(table: pytest.MonkeyPatch) -> None:
-    path = DirectPath("builtins:dict", ops=(), rows={}, groups=1, dimensions=1)  # its opener would fail
-    use(table, replace(row("absent", missing="not built"), direct=path), row("slow"))
-    assert dispatch.open_direct_path((), ()) == {}
 
 
 def test_explain_agrees_with_auto() -> None:

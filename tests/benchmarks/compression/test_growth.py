@@ -20,7 +20,7 @@ def test_the_exponent_is_the_power_that_a_cost_grows_with(power: float) -> None:
 def test_each_series_changes_one_size_and_has_its_exponents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(llama: RandomLlama, folder: Path, *, memory: int | None, threads: int) -> MeasuredRun:
         tokens = llama.sequences * llama.seq_len
-        return MeasuredRun(1000 * llama.layers, tokens, llama.layers * tokens**0.5, {}, {}, {}, "")
+        return MeasuredRun(1000 * llama.layers, tokens, llama.layers * tokens**0.5, {}, {}, {})
 
     monkeypatch.setattr(growth, "measure", measure)
     output = tmp_path / "growth.jsonl"

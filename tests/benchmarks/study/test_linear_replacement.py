@@ -38,7 +38,7 @@ def test_the_block_that_turns_the_hidden_states_least_is_chosen_and_never_the_fi
 def test_a_block_that_is_linear_in_what_the_layer_before_it_adds_is_replaced_without_loss(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grasp.method.linear_map.RIDGE", 1e-12)
+    monkeypatch.setattr("grasp.method.least_squares.MAP_RIDGE", 1e-12)
     model = tiny_model(family, torch.float64)
     tokens = batches(2)
     streams = capture_streams(model, tokens)
