@@ -26,7 +26,7 @@ from grasp.model.narrowing import DOWN
 from grasp.model.targets import Target, decoder, vocabulary_size
 from grasp.statistics.covariance import covariance_bytes, item_bytes
 from grasp.statistics.gradients import dense_is_cheaper
-from grasp.statistics.loss import LOGITS_BYTES
+from grasp.statistics.loss import slice_rows
 
 LIBRARY_BYTES = 2**26  # workspaces of libraries, and what the allocator keeps between two ``return_freed_memory``
 # oneDNN keeps the code of products of 16-bit numbers on a CPU: 0.55 to 0.75 MB were measured for each of 1024 shapes.
@@ -237,7 +237,7 @@ def visit_bytes(tracer: Tracer, shapes: Collection[Shape]) -> int:
 def head_bytes(tracer: Tracer) -> int:
     """The loss of one batch: a slice of logits in fp32 with its gradient, and hidden states and gradients beside it."""
     vocabulary = vocabulary_size(tracer.model)
-    rows = min(max(1, LOGITS_BYTES // (4 * vocabulary)), tracer.batch.input_ids.numel())
+    rows = min(slice_rows(vocabulary), tracer.batch.input_ids.numel())
     logits = 2 * rows * vocabulary * max(4, tracer.model.dtype.itemsize)
     return FRAGMENTATION * (logits + 3 * states_bytes(tracer))
 

@@ -19,7 +19,8 @@ from grasp.model.hooks import forwarding, hooked
 from grasp.model.running import batch_inputs, evaluating, first_device
 from grasp.model.targets import vocabulary_size
 
-LOGITS_BYTES = 2**25  # of fp32 logits per slice, and as many for their gradient; larger slices are slower
+LOGITS_BYTES = 2**25  # of fp32 logits per slice, and as many for their gradient; larger slices are slower,
+LEAST_ROWS = 128  # but not with fewer tokens: each slice reads the weights of the head
 DRAWN_ROWS = 8  # tokens whose labels are drawn at once
 
 
@@ -120,9 +121,10 @@ def divergences(model: PreTrainedModel, bodies: Sequence[Body], batch: Tokens, t
     totals = [0.0] * len(bodies)
     for rows in parts:
         wanted = _log_probabilities(_logits(*teacher, teacher.body.hidden[chosen][rows], labels[rows]))
+        probabilities = wanted.exp()
         for index, body in enumerate(bodies):
             found = _log_probabilities(_logits(model, body, body.hidden[chosen][rows], labels[rows]))
-            totals[index] += _divergence(found, wanted.to(found.device))
+            totals[index] += _divergence_(found, wanted.to(found.device), probabilities.to(found.device))
     return totals
 
 
@@ -130,8 +132,13 @@ def _counted(model: PreTrainedModel, hidden: Tensor, batch: Tokens) -> tuple[Ten
     """Which hidden states predict a counted token, (B, L), and these tokens, (T,), with the slices to compute."""
     chosen = F.pad(batch.is_target, (0, 1)).to(hidden.device)
     labels = batch.input_ids[:, 1:][batch.is_target].to(hidden.device)
-    step = max(1, LOGITS_BYTES // (4 * vocabulary_size(model)))
+    step = slice_rows(vocabulary_size(model))
     return chosen, labels, [slice(start, start + step) for start in range(0, len(labels), step)]
+
+
+def slice_rows(vocabulary: int) -> int:
+    """The number of tokens whose logits are computed at once."""
+    return max(LEAST_ROWS, LOGITS_BYTES // (4 * vocabulary))
 
 
 def _logits(model: PreTrainedModel, body: Body, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -200,8 +207,9 @@ def _nll(log_probabilities: Tensor, labels: Tensor) -> float:
     return -log_probabilities.gather(1, labels[:, None]).sum().item()
 
 
-def _divergence(q: Tensor, p: Tensor) -> float:
-    return F.kl_div(q, p, reduction="sum", log_target=True).item()
+def _divergence_(found: Tensor, wanted: Tensor, probabilities: Tensor) -> float:
+    """``Σ p (log p − log q)``, given log q, log p and p; log q is overwritten. ``F.kl_div`` takes ten times as long."""
+    return -found.sub_(wanted).mul_(probabilities).sum().item()
 
 
 def divergence_and_grad(logits: Tensor, wanted: Tensor) -> tuple[float, Tensor]:
@@ -214,8 +222,10 @@ def divergence_and_grad(logits: Tensor, wanted: Tensor) -> tuple[float, Tensor]:
     Returns:
         The sum, computed in fp32 (fp64 for fp64), and the gradient, (T, vocab) in the dtype of ``logits``.
     """
-    q, p = map(_log_probabilities, (logits, wanted))
-    return _divergence(q, p), q.exp_().sub_(p.exp_()).to(logits.dtype)
+    found, wanted = map(_log_probabilities, (logits, wanted))
+    probabilities = wanted.exp()
+    grad = found.exp().sub_(probabilities).to(logits.dtype)
+    return _divergence_(found, wanted, probabilities), grad
 
 
 def _with_hidden(output: Any, hidden: Tensor) -> Any:

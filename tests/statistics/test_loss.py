@@ -11,13 +11,14 @@ from grasp.statistics import loss
 from grasp.statistics.loss import (
     Teacher,
     body_of,
+    divergence_and_grad,
     divergences,
     drawn_labels,
     loss_and_grad,
     nll_and_grad,
     uniform_draws,
 )
-from tests.tiny_models import FAMILIES, VOCABULARY, tiny_batches, tiny_model
+from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
 
 
 def in_parts(model: PreTrainedModel, batch: CalibrationBatch) -> tuple[float, Tensor]:
@@ -29,7 +30,7 @@ def in_parts(model: PreTrainedModel, batch: CalibrationBatch) -> tuple[float, Te
 @pytest.mark.parametrize("tokens_at_once", [1, 7, 100])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parts_add_up_to_the_whole(family: str, tokens_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "LOGITS_BYTES", 4 * VOCABULARY * tokens_at_once)
+    monkeypatch.setattr(loss, "slice_rows", lambda vocabulary: tokens_at_once)
     model, tokens = tiny_model(family, torch.float64), tiny_batches(1)[0]
     got, grad = in_parts(model, CalibrationBatch(tokens))
     hidden: list[Tensor] = []
@@ -46,7 +47,7 @@ def test_parts_add_up_to_the_whole(family: str, tokens_at_once: int, monkeypatch
 def test_with_a_teacher_the_loss_is_the_divergence_from_its_distribution(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "LOGITS_BYTES", 4 * VOCABULARY * 7)
+    monkeypatch.setattr(loss, "slice_rows", lambda vocabulary: 7)
     model, other = tiny_model(family, torch.float64), tiny_model(family, torch.float64, seed=1)
     tokens = tiny_batches(1)[0]
     with torch.no_grad():
@@ -100,6 +101,22 @@ def test_the_model_is_unchanged() -> None:
     assert torch.equal(model(tokens).logits, before)
     assert "forward" not in model.get_decoder().__dict__
     assert not model.get_decoder()._forward_hooks
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_divergence_by_hand_is_that_of_pytorch(dtype: torch.dtype) -> None:
+    logits, wanted = torch.randn(2, 5, 11, generator=torch.Generator().manual_seed(0)).mul(4).to(dtype)
+    wide = logits.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+    q, p = wide.log_softmax(-1), wanted.log_softmax(-1, dtype=wide.dtype)
+    expected = torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True)
+    expected.backward()
+    before = logits.clone()
+    value, grad = divergence_and_grad(logits, wanted)
+    assert torch.equal(logits, before)
+    assert value == pytest.approx(expected.item(), rel=1e-6)
+    assert grad.dtype == dtype
+    assert wide.grad is not None
+    torch.testing.assert_close(grad, wide.grad.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
