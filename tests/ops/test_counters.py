@@ -224,13 +224,13 @@ def test_a_call_keeps_no_memory_of_a_pool(
 ) -> None:
     from grasp_kernels.triton import lowrank_glu, lowrank_linear
 
+    function = dispatch._load(next(row for row in dispatch.BACKENDS if row.name == backend).functions[op])
     if backend == "cuda":
-        monkeypatch.setattr(cuda, "run", partial(cuda.run, path=path))
+        function = partial(function, path=path)
     elif path != "chosen":
         for user in (lowrank_linear, lowrank_glu):
             config = partial(replace, path=path, reduce=True, splits=4)
             monkeypatch.setattr(user, "choose", lambda *key, choose=user.choose, config=config: config(choose(*key)))
-    function = dispatch._load(next(row for row in dispatch.BACKENDS if row.name == backend).functions[op])
     arguments = _arguments(op, rows)
     with Pool() as pool:
         outputs = function(*arguments)
