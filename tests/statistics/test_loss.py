@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from grasp.statistics.loss import (
     drawn_labels,
     loss_and_grad,
     nll_and_grad,
+    slice_rows,
     uniform_draws,
 )
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
@@ -74,6 +78,10 @@ def test_the_loss_is_the_one_transformers_computes() -> None:
     assert in_parts(model, CalibrationBatch(tokens))[0] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_slice_has_so_many_bytes_but_not_too_few_tokens() -> None:
+    assert [slice_rows(vocabulary) for vocabulary in (49_152, 262_144)] == [170, 128]
+
+
 def test_padding_and_batches_without_targets_are_not_counted() -> None:
     model, tokens = tiny_model("llama", torch.float64), tiny_batches(1)[0]
     mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -103,20 +111,26 @@ def test_the_model_is_unchanged() -> None:
     assert not model.get_decoder()._forward_hooks
 
 
+def check_sum_and_gradient(
+    by_hand: Callable[[Tensor], tuple[float, Tensor]], logits: Tensor, wide: Tensor, expected: Tensor
+) -> None:
+    expected.backward()
+    before = logits.clone()
+    value, grad = by_hand(logits)
+    assert torch.equal(logits, before)
+    assert value == pytest.approx(expected.item(), rel=1e-6)
+    assert grad.dtype == logits.dtype
+    assert wide.grad is not None
+    torch.testing.assert_close(grad, wide.grad.to(logits.dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_divergence_by_hand_is_that_of_pytorch(dtype: torch.dtype) -> None:
     logits, wanted = torch.randn(2, 5, 11, generator=torch.Generator().manual_seed(0)).mul(4).to(dtype)
     wide = logits.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
     q, p = wide.log_softmax(-1), wanted.log_softmax(-1, dtype=wide.dtype)
     expected = torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True)
-    expected.backward()
-    before = logits.clone()
-    value, grad = divergence_and_grad(logits, wanted)
-    assert torch.equal(logits, before)
-    assert value == pytest.approx(expected.item(), rel=1e-6)
-    assert grad.dtype == dtype
-    assert wide.grad is not None
-    torch.testing.assert_close(grad, wide.grad.to(dtype))
+    check_sum_and_gradient(partial(divergence_and_grad, wanted=wanted), logits, wide, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -125,14 +139,7 @@ def test_the_gradient_by_hand_is_that_of_autograd(dtype: torch.dtype) -> None:
     labels = torch.tensor([0, 10, 3, 3, 7])
     wide = logits.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
     expected = torch.nn.functional.cross_entropy(wide, labels, reduction="sum")
-    expected.backward()
-    before = logits.clone()
-    nll, grad = nll_and_grad(logits, labels)
-    assert torch.equal(logits, before)
-    assert nll == pytest.approx(expected.item(), rel=1e-6)
-    assert grad.dtype == dtype
-    assert wide.grad is not None
-    torch.testing.assert_close(grad, wide.grad.to(dtype))
+    check_sum_and_gradient(partial(nll_and_grad, labels=labels), logits, wide, expected)
 
 
 def test_labels_are_drawn_as_often_as_they_are_probable() -> None:
