@@ -208,7 +208,7 @@ def _nll(log_probabilities: Tensor, labels: Tensor) -> float:
 
 
 def _divergence_(found: Tensor, wanted: Tensor, probabilities: Tensor) -> float:
-    """``Σ p (log p − log q)``, given log q, log p and p; log q is overwritten. ``F.kl_div`` takes 6 to 10 times as long."""
+    """``Σ p (log p − log q)`` of log q, log p and p; log q is overwritten. ``F.kl_div`` takes 6 to 10 times as long."""
     return -found.sub_(wanted).mul_(probabilities).sum().item()
 
 
