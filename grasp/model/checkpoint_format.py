@@ -29,13 +29,7 @@ class StoredTensor(NamedTuple):
     dtype: str
 
 
-def check_format(
-    format_version: object,
-    ranks: object,
-    pivoted: object = (),
-    quantized: object = None,
-    shapes: object = None,
-) -> None:
+def check_format(format_version: object, ranks: object, pivoted: object, quantized: object, shapes: object) -> None:
     """Check the version, ranks, shapes, pivoted and quantised modules of a ``quantization_config``.
 
     Raises:
@@ -60,8 +54,8 @@ def check_format(
     for name in pivoted:
         if name not in ranks:
             raise CheckpointError(f"pivoted names {name!r:.80}, which has no rank; save the model again")
-    stored = storages({} if quantized is None else quantized)
-    _check_shapes({} if shapes is None else shapes)
+    stored = storages(quantized)
+    _check_shapes(shapes)
     for kind, modules, needed in (
         ("pivoted", pivoted, PIVOTED_VERSION),
         ("quantized", stored, QUANTIZED_VERSION),

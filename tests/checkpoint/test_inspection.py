@@ -133,6 +133,7 @@ def set_module(**values: object) -> Callable[[Path], object]:
         (set_config(quantization_config={"quant_method": "gptq"}), r"config\.json: the model is quantised \(gptq\)"),
         (set_ranks(None), r"config\.json: ranks must map module names .*got None"),
         (set_ranks(["a"]), r"config\.json: ranks must map .*got \['a'\]"),
+        (set_config(quantization_config={"format_version": 4, "shapes": None}), r"json: shapes must map .*got None"),
         (set_ranks({"a": "1"}), r"config\.json: rank of a must be a positive integer, got '1'"),
         (set_ranks({"a": 0}), r"config\.json: rank of a must be a positive integer, got 0"),
         (set_ranks({"a\x1b[2J": 1}), r"config\.json: ranks name 'a\\x1b\[2J', which is no path"),

@@ -265,6 +265,8 @@ def test_configuration_survives_json() -> None:
         ({"format_version": 2, "ranks": {"a": 1}, "pivoted": [1]}, "pivoted must be a list of module names"),
         ({"format_version": 2, "ranks": {"a": 1}, "pivoted": ["b"]}, "pivoted names 'b', which has no rank"),
         ({"format_version": 1, "ranks": {"a": 1}, "pivoted": ["a"]}, "version 1 and pivoted layers, which need 2"),
+        ({"format_version": 3, "ranks": {}, "quantized": None}, "quantized must map storages to .*, got None"),
+        ({"format_version": 4, "ranks": {}, "shapes": None}, "shapes must map module names to .*, got None"),
     ],
 )
 def test_unreadable_configurations_are_refused(saved: Path, values: dict[str, Any], message: str) -> None:
