@@ -16,6 +16,7 @@ from grasp.version import __version__
 from grasp_kernels.dispatch import BACKENDS, backend_missing
 
 _CGROUP = Path("/sys/fs/cgroup")
+_NO_MEMORY = ("can't allocate memory", "not enough memory")  # messages of PyTorch's CPU allocators
 _PACKAGES = ("triton", "transformers", "accelerate", "safetensors", "huggingface_hub", "numpy")
 
 
@@ -90,3 +91,10 @@ def _cgroup_free() -> list[int]:
     except OSError:
         return []
     return [] if limit == "max" else [int(limit) - used + int(statistics.get("inactive_file", 0))]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error reports too little memory of a device or of the machine."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(message in str(error) for message in _NO_MEMORY)
+    )

@@ -38,6 +38,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from grasp.builtin import BUILTIN, BUILTIN_NAME, builtin_model_path
+from grasp.environment import out_of_memory
 from grasp.errors import (
     CheckpointError,
     GraspError,
@@ -76,7 +77,6 @@ _LOAD_ERRORS = (
 )
 _LIBRARY_LIMIT = 256_000_000  # bytes of a JSON file or template; a tokenizer.json has up to 40 MB
 _GGUF_LOCK = threading.Lock()
-_NO_MEMORY = ("can't allocate memory", "not enough memory")  # messages of PyTorch's CPU allocators
 
 
 def load_model(
@@ -151,13 +151,6 @@ def load_config(name: str, *, dtype: str = "auto") -> tuple[PreTrainedConfig, to
     config = _pretrained_config(name)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     return config, DTYPES.get(dtype, stored)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error reports too little memory of a device or of the machine."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and any(message in str(error) for message in _NO_MEMORY)
-    )
 
 
 def _require_dtype(dtype: str) -> None:

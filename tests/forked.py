@@ -18,23 +18,23 @@ from unittest import mock
 from grasp.cli.root import QUIET
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "grasp.cli",
-        "grasp.compress",
-        "grasp.statistics.sharding",
-        "grasp.workflows.compress",
-        "tests.many_processes",
-        "tests.traced",
-        "transformers.models.auto.modeling_auto",
-        "transformers.models.auto.tokenization_auto",
-        "transformers.models.llama.modeling_llama",
-    ]
-)
+_PRELOAD = [
+    "grasp.cli",
+    "grasp.compress",
+    "grasp.statistics.sharding",
+    "grasp.workflows.compress",
+    "grasp.workflows.evaluate",
+    "tests.many_processes",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+    "tests.traced",
+]
 
 
 def start_server(environment: Mapping[str, str]) -> None:
     """Start the server, unless it runs, with the variables that libraries read when they are imported."""
+    CONTEXT.set_forkserver_preload(_PRELOAD)
     with mock.patch.dict(os.environ, {**environment, **QUIET}, clear=True):
         forkserver.ensure_running()
 

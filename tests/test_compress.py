@@ -22,6 +22,8 @@ from grasp.model.targets import decoder, layer_targets
 from grasp.statistics.loss import loss_and_grad
 from tests.tiny_models import DENSE_FAMILIES, tiny_batches, tiny_model
 
+pytestmark = pytest.mark.long
+
 # Which blocks share a sweep, in order: the paper's order, written out.
 SWEEPS: dict[str, list[list[tuple[int, str]]]] = {
     "sequential": [[(2, "mlp")], [(2, "attention")], [(0, "mlp")], [(0, "attention")]],

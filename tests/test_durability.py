@@ -11,6 +11,8 @@ import pytest
 
 from tests.command_line import ROOT, environment
 
+pytestmark = pytest.mark.long
+
 COMPILER = shutil.which("cc")
 
 

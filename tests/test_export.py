@@ -18,6 +18,8 @@ from tests.command_line import environment
 from tests.lowrank_models import compressed_model
 from tests.tiny_models import VOCABULARY
 
+pytestmark = pytest.mark.long
+
 SHAPES = ((2, 12), (3, 7), (1, 20))
 # Loads argv[1], computes the logits of the tokens in argv[2], writes them to argv[3].
 LOAD = """

@@ -30,6 +30,8 @@ from grasp.training_data import TrainingSequence
 from tests.tiny_models import tiny_batches, tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
 
+pytestmark = pytest.mark.long
+
 LOCAL = GraspConfig(layers=(0, 2), retain_ratio=0.4)
 
 

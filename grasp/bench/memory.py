@@ -12,8 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from grasp.environment import return_freed_memory
-from grasp.loading import out_of_memory
+from grasp.environment import out_of_memory, return_freed_memory
 
 Item = TypeVar("Item")
 

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
+from grasp.environment import out_of_memory
 from grasp.errors import CalibrationError, GraspError, NonFiniteError, OutOfMemoryError
 from grasp.formatting import one_line
-from grasp.loading import out_of_memory
 from grasp.method.storage import Storage
 from grasp.model.running import first_device
 from grasp.model.targets import vocabulary_size

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,8 @@ from grasp.checkpoint.inspection import inspect_checkpoint
 from grasp.checkpoint.saving import save_checkpoint
 from grasp.errors import CheckpointError
 from grasp.model.lowrank_linear import LowRankLinear
+from tests import forked
+from tests.command_line import environment
 from tests.quantized_models import quantized_model
 from tests.tiny_models import tiny_model
 
@@ -271,7 +271,7 @@ def test_the_usage_snippet_runs_in_the_folder(tmp_path: Path) -> None:
     )
     snippet = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert snippet is not None
-    result = subprocess.run([sys.executable, "-c", snippet[1]], cwd=folder, capture_output=True, text=True)
+    result = forked.python(snippet[1], cwd=folder, environment=environment())
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("The first thing")
 

@@ -36,6 +36,8 @@ from tests.interrupted import (
 )
 from tests.tiny_models import tiny_batches
 
+pytestmark = pytest.mark.long
+
 BEST = GraspConfig.best(compression_ratio=0.1)
 KFAC: dict[str, Any] = {"basis": "kfac", "metric": "magnitude", "allocation": "global", "schedule": "single-sweep"}
 SWEEP = "covariances, 3 layers"

@@ -26,6 +26,8 @@ from tests.interrupted import assert_same, run, stopped
 from tests.lowrank_models import logits
 from tests.tiny_models import tiny_batches, tiny_model
 
+pytestmark = pytest.mark.long
+
 BEST = GraspConfig.best(compression_ratio=0.15)
 CHANNELS, QUIET = 96, range(0, 96, 2)  # every other channel does next to nothing
 

@@ -8,7 +8,6 @@ token.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 from collections import Counter
@@ -27,6 +26,8 @@ from grasp.compress import compress_
 from grasp.config import GraspConfig
 from grasp.method.storage import Storage
 from grasp.model.lowrank_linear import LowRankLinear
+from tests.command_line import environment
+from tests.forked import CONTEXT, start_server
 from tests.fuzz import damage
 from tests.fuzz.checkpoint_worker import serve
 from tests.quantized_models import random_like
@@ -37,10 +38,6 @@ CASES, SHORT = 2000, len(damage.KINDS)
 SECONDS = 120  # of one case; a slow machine shares its cores
 QUICK = ("AutoModel", "inspect", "evaluate", "push")
 READERS = (*QUICK, "recover", "report", "convert")
-
-# A fork of pytest itself, which has threads, may hang. The libraries are imported once here, too.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["grasp.workflows.compress", "grasp.workflows.evaluate", serve.__module__])
 
 
 class Worker:
@@ -53,8 +50,9 @@ class Worker:
     def ask(self, folder: Path, readers: list[str]) -> dict[str, str]:
         """The outcome of each reader, or ``{"worker": the failure}``."""
         if self.process is None:
-            self.connection, other = _CONTEXT.Pipe()
-            self.process = _CONTEXT.Process(target=serve, args=(other, self.place))
+            start_server(environment())
+            self.connection, other = CONTEXT.Pipe()
+            self.process = CONTEXT.Process(target=serve, args=(other, self.place))
             self.process.start()
             other.close()
         self.connection.send((folder, readers))

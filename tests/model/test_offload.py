@@ -38,6 +38,8 @@ from grasp.statistics.sweep import Call, capture_prefix, sweep
 from tests.interrupted import Killed
 from tests.tiny_models import tiny_batches, tiny_model
 
+pytestmark = pytest.mark.long
+
 FAMILIES = ["llama", "gpt2", "gemma3"]  # gemma3 ties its head to its embeddings
 
 

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,8 @@ from grasp.model.hf_quantizer import mark_compressed
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.targets import layer_targets
 from grasp.model.tensor_parallel import connect_, is_split, keep_factors_whole_
-from tests.command_line import ROOT, environment
+from tests import forked
+from tests.command_line import environment, torchrun_variables
 from tests.tiny_models import tiny_model
 
 ROW_WISE = ("o_proj", "down_proj")
@@ -58,13 +57,12 @@ def test_two_processes_compute_the_same_and_save_the_same_checkpoint_as_one(tmp_
     for path, layer in linears(model).items():
         if not path.endswith(ROW_WISE):
             layer.factor_()
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    worker = [ROOT / "tests/tensor_parallel_worker.py", tmp_path / "small", tmp_path / "out", json.dumps("auto")]
-    run = subprocess.run(
-        [sys.executable, *torchrun, *map(str, worker)], env=environment(), capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr
-    assert "match nothing" not in run.stderr  # transformers warns of rules that match nothing
+    worker = "import runpy; runpy.run_module('tests.tensor_parallel_worker', run_name='__main__')"
+    arguments = [str(tmp_path / "small"), str(tmp_path / "out"), json.dumps("auto")]
+    places = [environment() | variables for variables in torchrun_variables(2)]
+    for run in forked.pythons(worker, arguments, cwd=tmp_path, environments=places):
+        assert run.returncode == 0, run.stderr
+        assert "match nothing" not in run.stderr  # transformers warns of rules that match nothing
     tokens = torch.arange(3, 27).reshape(2, 12)
     expected = {"logits": model(tokens).logits.detach()}
     for _ in range(2):

@@ -26,7 +26,7 @@ from tests.ops.inputs import double, factors, normal, seeded
 from tests.ops.linears import check_linears
 from tests.pairwise import Case, label, pairwise
 
-pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.gpu]
+pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.gpu, pytest.mark.long]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

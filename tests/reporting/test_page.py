@@ -58,6 +58,12 @@ def plain_page(report: CompressionReport) -> str:
     return render(report, "small")
 
 
+@pytest.fixture(scope="module")
+def full_page(report: CompressionReport) -> str:
+    """The page with benchmarks of every kind."""
+    return render(report, "small", measured(report))
+
+
 @pytest.fixture
 def grasp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Any, str, str]]:
     """Run the command in this process: its exit code, and what it wrote."""
@@ -113,8 +119,8 @@ class Text(HTMLParser):
                 self.rows[-1][-1] += data
 
 
-def test_the_page_says_what_was_done_to_every_module(report: CompressionReport) -> None:
-    text = Text(render(report, "small"))
+def test_the_page_says_what_was_done_to_every_module(report: CompressionReport, plain_page: str) -> None:
+    text = Text(plain_page)
     assert f"{100 * report.compression_ratio:.1f} %" in text.shown
     assert "2 of 3" in text.shown
     rows = {(row[0], row[1]): row for row in text.rows if len(row) > 1}
@@ -154,9 +160,8 @@ def test_modules_that_were_left_have_their_reason_and_converted_ones_the_command
     assert "<small>" not in page
 
 
-def test_all_records_are_in_tables_and_none_is_called_missing(report: CompressionReport) -> None:
-    records = measured(report)
-    text = Text(render(report, "small", records))
+def test_all_records_are_in_tables_and_none_is_called_missing(report: CompressionReport, full_page: str) -> None:
+    records, text = measured(report), Text(full_page)
     for record_class in RECORDS:
         columns = record_class.columns
         assert record_class.title in text.shown
@@ -188,7 +193,7 @@ def test_a_report_from_python_or_of_an_older_version_has_a_page_too(report: Comp
     assert "GraspConfig.from_dict({'layers': [0, 2]" in text.shown
 
 
-def test_nothing_that_is_given_becomes_markup(report: CompressionReport) -> None:
+def test_nothing_that_is_given_becomes_markup(report: CompressionReport, full_page: str) -> None:
     bad = "<script>alert('x')</script>\"&"
     modules = tuple(replace(m, name=f"a.{m.layer}.{bad}", block=bad) for m in report.modules)
     request = {**report.request, "model": bad, "calibration": bad, "grasp": bad}
@@ -199,22 +204,20 @@ def test_nothing_that_is_given_becomes_markup(report: CompressionReport) -> None
         for line in measured(report)
     ]
     page = render(changed, bad, records)
-    plain = render(report, "small", measured(report))
-    assert page.count("<script") == plain.count("<script") == 1
+    assert page.count("<script") == full_page.count("<script") == 1
     assert "<script>alert" not in page
     assert bad in Text(page).shown
 
 
-def test_the_page_loads_nothing(report: CompressionReport) -> None:
-    page = render(report, "small", measured(report))
-    assert "default-src 'none'" in page
-    links = re.findall(r'(?:src|href)="([^"]*)"|url\(([^)]*)\)|@import', page)
+def test_the_page_loads_nothing(full_page: str) -> None:
+    assert "default-src 'none'" in full_page
+    links = re.findall(r'(?:src|href)="([^"]*)"|url\(([^)]*)\)|@import', full_page)
     assert links
     assert all((one or other).startswith("#") for one, other in links)
 
 
 def test_the_command_writes_the_page_and_replaces_it(
-    folder: Path, tmp_path: Path, grasp: Callable[..., tuple[Any, str, str]]
+    folder: Path, full_page: str, tmp_path: Path, grasp: Callable[..., tuple[Any, str, str]]
 ) -> None:
     page = tmp_path / "page.html"
     assert grasp("report", folder, "-o", page) == (0, f"{page}\n", "")
@@ -223,9 +226,7 @@ def test_the_command_writes_the_page_and_replaces_it(
     append_results(results, measured(CompressionReport.load(folder)))
     assert grasp("report", folder, "-o", page, "--results", results, "--json")[0] == 0
     assert len(page.read_text()) > len(first)
-    assert page.read_text() == render(
-        CompressionReport.load(folder), folder.name, measured(CompressionReport.load(folder))
-    )
+    assert page.read_text() == full_page
     assert {path.name for path in tmp_path.iterdir()} == {"page.html", "results.jsonl"}
 
 

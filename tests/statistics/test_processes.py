@@ -31,6 +31,8 @@ from tests.interrupted import compress_until_killed, compress_with_a_bad_sweep
 from tests.many_processes import Outcome, run
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
 
+pytestmark = pytest.mark.long
+
 CONFIG, BEST = GraspConfig(layers=(0, 2), retain_ratio=0.4), GraspConfig.best(compression_ratio=0.1)
 
 

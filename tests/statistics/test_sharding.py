@@ -27,6 +27,8 @@ from tests.interrupted import compress_until_killed, compress_with_a_bad_sweep
 from tests.many_processes import run
 from tests.tiny_models import tiny_batches, tiny_model
 
+pytestmark = pytest.mark.long
+
 CONFIG = GraspConfig(layers=(0, 2), retain_ratio=0.4)
 CPU = torch.device("cpu")
 

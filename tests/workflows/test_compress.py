@@ -26,6 +26,8 @@ from grasp.workflows.samples import Samples
 from tests.command_line import save_tiny_model
 from tests.tiny_models import tiny_model
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:

@@ -21,6 +21,8 @@ from grasp.workflows.samples import Samples
 from tests.command_line import TEXT, save_tiny_model
 from tests.interrupted import Killed
 
+pytestmark = pytest.mark.long
+
 CHANGES = ("replace", "rename", "unlink", "rmdir")  # functions of os
 Work = Callable[..., Any]
 
