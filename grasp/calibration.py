@@ -33,18 +33,12 @@ _FETCH_ERRORS: tuple[type[Exception], ...] = (*HUB_ERRORS, OSError, ValueError)
 
 
 class HubText(NamedTuple):
-    """A text data set on the hub.
+    """A text data set on the hub."""
 
-    Attributes:
-        path: repository of the data set.
-        config: its configuration.
-        parts: the data set's own split for each of our splits.
-        files: the only file to read for each of our splits, as far as needed; ``None`` reads the whole part.
-    """
-
-    path: str
-    config: str | None
-    parts: dict[Split, str]
+    path: str  # repository of the data set
+    config: str | None  # its configuration
+    parts: dict[Split, str]  # the data set's own split for each of our splits
+    # the only file to read for each of our splits, as far as needed; ``None`` reads the whole part
     files: dict[Split, str] | None = None
 
 

@@ -180,7 +180,7 @@ def _resume_(training: _Training, state: RecoveryState | None, clock: Clock) -> 
     if state is None:
         return
     with training.processes.fail_together():
-        state.begin(fingerprint, clock)
+        state.open_run(fingerprint, clock)
     with training.processes.fail_together():  # rank 0 writes only after all processes have read
         if snapshot := state.load():
             training.restore_(snapshot)

@@ -77,8 +77,7 @@ def pack_text(tokenizer: PreTrainedTokenizerBase, text: str | Iterable[str], seq
         ValueError: if ``seq_len`` is too small.
     """
     _require_length(seq_len)
-    bos = bos_for(tokenizer)
-    prefix = torch.tensor([] if bos is None else [bos], dtype=torch.int64)
+    prefix = _prefix(tokenizer)
     rows = [torch.cat([prefix, part]) for part in tokenize(tokenizer, text).split(seq_len - len(prefix))]
     return [TrainingSequence(row, torch.arange(len(row)) > 0) for row in rows if len(row) > 1]
 
@@ -157,15 +156,19 @@ def _instruction(line: str, place: str) -> Instruction:
     return Instruction(prompt, context, answer)
 
 
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The BOS token, if the tokenizer adds one, as a tensor (0 or 1,)."""
+    bos = bos_for(tokenizer)
+    return torch.tensor([] if bos is None else [bos], dtype=torch.int64)
+
+
 def _parts(tokenizer: PreTrainedTokenizerBase, instruction: Instruction) -> tuple[Tensor, Tensor]:
     """The tokens of the prompt, and those of the answer with its end-of-turn token."""
     prompt, context, answer = instruction
     if tokenizer.chat_template is None:
-        bos = bos_for(tokenizer)
-        prefix = torch.tensor([] if bos is None else [bos], dtype=torch.int64)
         head = _PROMPT.format(instruction=prompt) + (_INPUT.format(input=context) if context else "") + _ANSWER
         tail = answer + (tokenizer.eos_token or "")
-        return torch.cat([prefix, tokenize(tokenizer, head)]), tokenize(tokenizer, tail)
+        return torch.cat([_prefix(tokenizer), tokenize(tokenizer, head)]), tokenize(tokenizer, tail)
     turns = [
         {"role": "user", "content": f"{prompt}\n\n{context}" if context else prompt},
         {"role": "assistant", "content": answer},

@@ -106,22 +106,14 @@ WARM_UP = RandomLlama(layers=1, sequences=4, seq_len=64, hidden_size=128, interm
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """A compression that ended.
+    """A compression that ended."""
 
-    Attributes:
-        peak_bytes: largest resident set of the process above the one with the model loaded.
-        disk_bytes: largest size of the run folder, looked at whenever a step reports progress.
-        seconds: of the process on its processors, with all threads; without the making of the model.
-        wall_seconds: by step.
-        ranks: by linear; 0 for one that stays dense.
-        products: by linear, its weight times ``PROBES`` random vectors, (N, PROBES); {} if layers were removed.
-    """
-
-    peak_bytes: int
-    disk_bytes: int
-    seconds: float
-    wall_seconds: Mapping[str, float]
-    ranks: Mapping[str, int]
+    peak_bytes: int  # largest resident set of the process above the one with the model loaded
+    disk_bytes: int  # largest size of the run folder, looked at whenever a step reports progress
+    seconds: float  # of the process on its processors, with all threads; without the making of the model
+    wall_seconds: Mapping[str, float]  # by step
+    ranks: Mapping[str, int]  # by linear; 0 for one that stays dense
+    # by linear, its weight times ``PROBES`` random vectors, (N, PROBES); {} if layers were removed
     products: Mapping[str, npt.NDArray[np.float32]]
 
 

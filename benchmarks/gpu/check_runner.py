@@ -42,21 +42,15 @@ Emit = Callable[[Line], None]
 
 @dataclass(frozen=True)
 class Task:
-    """One call of a function in a new process.
+    """One call of a function in a new process."""
 
-    Attributes:
-        key: names the task in the file; unique.
-        function: ``"module:function"``, called as ``function(emit, without=..., **arguments)``. ``emit`` takes a line;
-            ``without`` has the providers to leave out. A line ``{"kind": "step", "provider": ...}`` is not kept: it
-            says who is to blame if the process ends now.
-        arguments: JSON values.
-        limit_s: seconds that the function has; then the process is killed.
-    """
-
-    key: str
+    key: str  # names the task in the file; unique
+    # ``"module:function"``, called as ``function(emit, without=..., **arguments)``. ``emit`` takes a line; ``without``
+    # has the providers to leave out. A line ``{"kind": "step", "provider": ...}`` is not kept: it says who is to blame
+    # if the process ends now.
     function: str
-    arguments: Mapping[str, Any]
-    limit_s: float
+    arguments: Mapping[str, Any]  # JSON values
+    limit_s: float  # seconds that the function has; then the process is killed
 
 
 @dataclass(frozen=True)

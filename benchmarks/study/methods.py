@@ -90,21 +90,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Job:
-    """What a method is given besides the model.
+    """What a method is given besides the model."""
 
-    Attributes:
-        calibration: the calibration set.
-        ratio: fraction of the parameters of the whole model to remove.
-        state: of a compression, which an interrupted one resumes from.
-        memory: bytes that a compression may take above the loaded model; ``None`` for 0.9 of what is free.
-        progress: called as ``progress(step, done, total)``.
-    """
-
-    calibration: CalibrationSet
-    ratio: float
-    state: NoState
-    memory: int | None
-    progress: Progress
+    calibration: CalibrationSet  # the calibration set
+    ratio: float  # fraction of the parameters of the whole model to remove
+    state: NoState  # of a compression, which an interrupted one resumes from
+    memory: int | None  # bytes that a compression may take above the loaded model; ``None`` for 0.9 of what is free
+    progress: Progress  # called as ``progress(step, done, total)``
 
 
 Method = Callable[[PreTrainedModel, Job], Outcome]  # changes the dense model that it is given

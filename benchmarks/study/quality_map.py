@@ -31,21 +31,13 @@ _TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
 @dataclass(frozen=True)
 class Point:
-    """A method at one ratio.
+    """A method at one ratio."""
 
-    Attributes:
-        method: a row of ``METHODS``.
-        removed: share of the decoder's parameters that was removed.
-        parameters: parameters of the whole model over the dense model's.
-        time: time per decoded token over the dense model's.
-        excess: nats per token over the dense model; the mean over the seeds.
-    """
-
-    method: str
-    removed: float
-    parameters: float
-    time: float
-    excess: float
+    method: str  # a row of ``METHODS``
+    removed: float  # share of the decoder's parameters that was removed
+    parameters: float  # parameters of the whole model over the dense model's
+    time: float  # time per decoded token over the dense model's
+    excess: float  # nats per token over the dense model; the mean over the seeds
 
 
 def points(records: Sequence[Record]) -> Iterator[Point]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -35,6 +35,7 @@ from grasp.evaluation.perplexity import perplexity
 from grasp.export.gguf_file import write_gguf
 from grasp.loading import load_model
 from grasp.method.storage import FP8, Storage
+from grasp.model.hooks import forwarding
 from grasp.model.size import model_size
 from grasp.workflows.samples import public_model_name
 
@@ -93,12 +94,8 @@ def in_llama_cpp(model: PreTrainedModel, source: str, weight_type: str) -> Itera
         if status := library.llama_model_quantize(str(given).encode(), str(rounded).encode(), options):
             raise GraspError(f"llama.cpp cannot round {source} to {weight_type}: status {status}; expected 0")
         run = Yardstick(weight_type, rounded, model)
-        model.forward = lambda input_ids, **_: CausalLMOutput(logits=run.logits(input_ids))
-        try:
+        with closing(run), forwarding([model], lambda input_ids, **_: CausalLMOutput(logits=run.logits(input_ids))):
             yield run.weight_bytes
-        finally:
-            del model.forward  # the one of the class is behind it
-            run.close()
 
 
 def ways_of(source: str, dense: str, asked: Collection[str]) -> list[str]:

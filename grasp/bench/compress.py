@@ -48,35 +48,22 @@ MEMORY_BATCHES = 2
 
 @dataclass(frozen=True)
 class CompressRequest:
-    """Settings of one run.
+    """Settings of one run."""
 
-    Attributes:
-        model: as for ``load_model``; run in fp32.
-        layers: layers to compress; ``None`` for the ``num_layers`` with the least influence.
-        num_layers: number of layers to compress.
-        retain_ratio: fraction of each matrix's parameters to keep.
-        schedules: schedules to time after the paper's; all without a global budget if empty.
-        sweep_dtype: dtype of the package's sweeps; ``None`` for the model's own.
-        batch_size: sequences per batch in the package's sweeps.
-        num_samples: calibration sequences.
-        seq_len: tokens per sequence.
-        timed_batches: batches to time in each sweep, the first of which warms up; ``None`` for the whole set.
-        device: as for ``load_model``.
-        threads: CPU threads; ``None`` for PyTorch's choice.
-    """
-
-    model: str = BUILTIN
+    model: str = BUILTIN  # as for ``load_model``; run in fp32
+    # layers to compress; ``None`` for the ``num_layers`` with the least influence
     layers: tuple[int, ...] | None = None
-    num_layers: int = 6
-    retain_ratio: float = 0.3
-    schedules: Sequence[str] = ()
-    sweep_dtype: str | None = None
-    batch_size: int = 1
-    num_samples: int = 24
-    seq_len: int = 512
+    num_layers: int = 6  # number of layers to compress
+    retain_ratio: float = 0.3  # fraction of each matrix's parameters to keep
+    schedules: Sequence[str] = ()  # schedules to time after the paper's; all without a global budget if empty
+    sweep_dtype: str | None = None  # dtype of the package's sweeps; ``None`` for the model's own
+    batch_size: int = 1  # sequences per batch in the package's sweeps
+    num_samples: int = 24  # calibration sequences
+    seq_len: int = 512  # tokens per sequence
+    # batches to time in each sweep, the first of which warms up; ``None`` for the whole set
     timed_batches: int | None = 4
-    device: str | None = None
-    threads: int | None = None
+    device: str | None = None  # as for ``load_model``
+    threads: int | None = None  # CPU threads; ``None`` for PyTorch's choice
 
 
 @dataclass(frozen=True)

@@ -98,17 +98,11 @@ def difference(got: Tensor, expected: Tensor) -> float:
 
 
 class Checked(NamedTuple):
-    """Models whose logits are right, and why others are not among them.
+    """Models whose logits are right, and why others are not among them."""
 
-    Attributes:
-        models: to be timed.
-        apart: differences of logits; there is none of a model as PyTorch runs it.
-        refused: the reason, and whether the logits were wrong.
-    """
-
-    models: dict[Key, Timed]
-    apart: dict[Key, float]
-    refused: dict[Key, tuple[str, bool]]
+    models: dict[Key, Timed]  # to be timed
+    apart: dict[Key, float]  # differences of logits; there is none of a model as PyTorch runs it
+    refused: dict[Key, tuple[str, bool]]  # the reason, and whether the logits were wrong
 
 
 def checked(
@@ -149,17 +143,11 @@ def checked(
 
 
 class Turns(NamedTuple):
-    """The generations of all models in turns.
+    """The generations of all models in turns."""
 
-    Attributes:
-        times: by model, one per turn.
-        peaks: peak memory of the turn before, which warms up.
-        stopped: why the turns ended, a name of ``STOPS``.
-    """
-
-    times: dict[Key, list[GenerationTime]]
-    peaks: dict[Key, int | None]
-    stopped: str
+    times: dict[Key, list[GenerationTime]]  # by model, one per turn
+    peaks: dict[Key, int | None]  # peak memory of the turn before, which warms up
+    stopped: str  # why the turns ended, a name of ``STOPS``
 
 
 def time_models(models: Mapping[Key, Generator], case: Case, stop: StopRule, progress: Progress = no_progress) -> Turns:

@@ -62,49 +62,29 @@ _VERSIONS = {"recompile_limit": 1 << 16, "accumulated_recompile_limit": 1 << 16}
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """Settings of one run.
+    """Settings of one run."""
 
-    Attributes:
-        model: the dense model, as for ``load_model``.
-        checkpoint: the compressed model, as for ``load_model``; ``None`` for plain SVD of the layers below.
-        layers: layers to make low-rank; ``None`` for ``num_layers`` in the middle.
-        num_layers: number of low-rank layers; ``None`` for ``NUM_LAYERS``.
-        retain_ratio: fraction of each matrix's parameters that its factors have; ``None`` for ``RETAIN_RATIO``.
-        modes: some of ``MODES``.
-        batch_sizes: numbers of sequences per batch.
-        prompt_tokens: prompt lengths.
-        new_tokens: numbers of decoding steps.
-        depths: numbers of tokens before the prompt, which are in the KV cache when the time begins.
-        stop: when the turns of the models end, at each size.
-        backends: names in the dispatch table; all if empty.
-        text: text of the perplexity, as for ``read_pieces``.
-        window: tokens per window of the text.
-        windows: number of windows; 0 for no perplexity.
-        dtype: as for ``load_model``.
-        device: as for ``load_model``.
-        threads: numbers of CPU threads; PyTorch's choice if empty.
-        yardsticks: as for ``grasp.bench.yardstick.yardsticks``.
-    """
-
-    model: str = BUILTIN
+    model: str = BUILTIN  # the dense model, as for ``load_model``
+    # the compressed model, as for ``load_model``; ``None`` for plain SVD of the layers below
     checkpoint: str | None = None
-    layers: tuple[int, ...] | None = None
-    num_layers: int | None = None
+    layers: tuple[int, ...] | None = None  # layers to make low-rank; ``None`` for ``num_layers`` in the middle
+    num_layers: int | None = None  # number of low-rank layers; ``None`` for ``NUM_LAYERS``
+    # fraction of each matrix's parameters that its factors have; ``None`` for ``RETAIN_RATIO``
     retain_ratio: float | None = None
-    modes: Sequence[str] = (EAGER,)
-    batch_sizes: Sequence[int] = (1, 4, 16)
-    prompt_tokens: Sequence[int] = (128,)
-    new_tokens: Sequence[int] = (16,)
-    depths: Sequence[int] = (0,)
-    stop: StopRule = field(default_factory=StopRule)
-    backends: Sequence[str] = ()
-    text: str = BUILTIN
-    window: int = 512
-    windows: int = 16
-    dtype: str = "auto"
-    device: str | None = None
-    threads: Sequence[int] = ()
-    yardsticks: Sequence[str] = ()
+    modes: Sequence[str] = (EAGER,)  # some of ``MODES``
+    batch_sizes: Sequence[int] = (1, 4, 16)  # numbers of sequences per batch
+    prompt_tokens: Sequence[int] = (128,)  # prompt lengths
+    new_tokens: Sequence[int] = (16,)  # numbers of decoding steps
+    depths: Sequence[int] = (0,)  # numbers of tokens before the prompt, which are in the KV cache when the time begins
+    stop: StopRule = field(default_factory=StopRule)  # when the turns of the models end, at each size
+    backends: Sequence[str] = ()  # names in the dispatch table; all if empty
+    text: str = BUILTIN  # text of the perplexity, as for ``read_pieces``
+    window: int = 512  # tokens per window of the text
+    windows: int = 16  # number of windows; 0 for no perplexity
+    dtype: str = "auto"  # as for ``load_model``
+    device: str | None = None  # as for ``load_model``
+    threads: Sequence[int] = ()  # numbers of CPU threads; PyTorch's choice if empty
+    yardsticks: Sequence[str] = ()  # as for ``grasp.bench.yardstick.yardsticks``
 
     @property
     def cases(self) -> list[Case]:

@@ -90,43 +90,27 @@ class OpCase(NamedTuple):
 
 @dataclass(frozen=True)
 class OpsRequest:
-    """Settings of one run.
+    """Settings of one run."""
 
-    Attributes:
-        ops: names of ops; all if empty.
-        shapes: as ``grasp_kernels.shapes.parse_shape`` reads them; ``DEFAULT_SHAPES`` if empty.
-        model: take the shapes of this model instead, see ``grasp.bench.shapes.model_calls``.
-        retain_ratio: sets the ranks of the model's shapes; ``None`` for ``RETAIN_RATIO``.
-        workload: take the calls of this file of ``grasp bench record`` instead.
-        rows: tokens per call; ``ROWS`` if empty. Of a workload only these calls, all if empty.
-        dtypes: of inputs and factors; ``DEFAULT_DTYPES`` if empty. Of a workload as ``rows``.
-        form: of all linears, ``factored`` or ``pivoted``; ``None`` for ``factored``, or as in the workload. A pivoted
-            linear of full rank is a dense one.
-        weights: of quantised factors, keys of ``STORAGES``; each is timed beside what ``auto`` runs with the floating
-            factors. Floating factors if empty.
-        backends: names in the dispatch table; all if empty.
-        compiled: whether to time the unfused form compiled by ``torch.compile``.
-        device: ``None`` for CUDA if there is a GPU, else the CPU; the workload's if there is one.
-        threads: numbers of CPU threads to run with; ``None`` for PyTorch's choice.
-        rotate_bytes: bytes of distinct weights that calls rotate through.
-        repetitions: turns of every provider.
-    """
-
-    ops: Sequence[str] = ()
-    shapes: Sequence[str] = ()
-    model: str | None = None
-    retain_ratio: float | None = None
-    workload: Path | None = None
-    rows: Sequence[int] = ()
-    dtypes: Sequence[str] = ()
+    ops: Sequence[str] = ()  # names of ops; all if empty
+    shapes: Sequence[str] = ()  # as ``grasp_kernels.shapes.parse_shape`` reads them; ``DEFAULT_SHAPES`` if empty
+    model: str | None = None  # take the shapes of this model instead, see ``grasp.bench.shapes.model_calls``
+    retain_ratio: float | None = None  # sets the ranks of the model's shapes; ``None`` for ``RETAIN_RATIO``
+    workload: Path | None = None  # take the calls of this file of ``grasp bench record`` instead
+    rows: Sequence[int] = ()  # tokens per call; ``ROWS`` if empty. Of a workload only these calls, all if empty.
+    dtypes: Sequence[str] = ()  # of inputs and factors; ``DEFAULT_DTYPES`` if empty. Of a workload as ``rows``.
+    # of all linears, ``factored`` or ``pivoted``; ``None`` for ``factored``, or as in the workload. A pivoted linear of
+    # full rank is a dense one.
     form: str | None = None
+    # of quantised factors, keys of ``STORAGES``; each is timed beside what ``auto`` runs with the floating factors.
+    # Floating factors if empty.
     weights: Sequence[str] = ()
-    backends: Sequence[str] = ()
-    compiled: bool = True
-    device: str | None = None
-    threads: Sequence[int] | None = None
-    rotate_bytes: int = 1 << 30
-    repetitions: int = 20
+    backends: Sequence[str] = ()  # names in the dispatch table; all if empty
+    compiled: bool = True  # whether to time the unfused form compiled by ``torch.compile``
+    device: str | None = None  # ``None`` for CUDA if there is a GPU, else the CPU; the workload's if there is one
+    threads: Sequence[int] | None = None  # numbers of CPU threads to run with; ``None`` for PyTorch's choice
+    rotate_bytes: int = 1 << 30  # bytes of distinct weights that calls rotate through
+    repetitions: int = 20  # turns of every provider
 
 
 class Round(NamedTuple):

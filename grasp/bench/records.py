@@ -106,10 +106,6 @@ class OpResult(Record):
     missing: ClassVar[str] = "speed of the ops"
     command: ClassVar[str] = "grasp bench ops -o op.jsonl"
 
-    @property
-    def measured_model(self) -> None:
-        """``None``: an op is of no model, also if it has the shape of a model's layer."""
-
 
 @dataclass(frozen=True)
 class ModelResult(Record):
@@ -323,11 +319,6 @@ class NotMeasured(Record):
         Column("result", lambda line: "wrong" if line.wrong else "none"),
         Column("reason", "not_measured"),
     )
-
-    @property
-    def measured_model(self) -> str | None:
-        """Name of the model; ``None`` for an op, which is of no model."""
-        return self.model if self.op is None else None
 
 
 RECORDS: tuple[type[Record], ...] = (

@@ -48,8 +48,8 @@ class Record:
 
     @property
     def measured_model(self) -> str | None:
-        """Name of the model that was measured; ``None`` if the result is of no model."""
-        return getattr(self, "model", None)
+        """Name of the model that was measured; ``None`` if there is none, as for an op, also of a model's shape."""
+        return None if getattr(self, "op", None) else getattr(self, "model", None)
 
     def notes(self) -> Iterator[str]:
         """Sentences below the table; a sentence that several results have is shown once."""
@@ -103,8 +103,7 @@ def from_dict(values: dict[str, Any], classes: Sequence[type[Record]]) -> Record
             f"got schema_version {version!r} of kind {kind!r}; expected {expected}. Measure again, or read the file "
             "with the version of grasp that wrote it"
         )
-    record: Record = _typed(kinds[kind], values, kind)
-    return record
+    return _typed(kinds[kind], values, kind)
 
 
 def _typed(expected: Any, value: Any, name: str) -> Any:

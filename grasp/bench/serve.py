@@ -57,33 +57,23 @@ main(parser.parse_args())
 class ServeRequest:
     """Settings of one run.
 
-    Attributes:
-        models: names as for ``load_model``, which are served, and addresses of servers that run already. The others
-            are compared with the first one.
-        concurrencies: numbers of requests at a time.
-        requests: number of requests in a round, for each of those at a time.
-        prompt_tokens: tokens of each prompt.
-        new_tokens: tokens of each answer, at least 2.
-        rounds: turns of every server.
-        limits: metric in ``LIMITS`` → ms; requests within all of them count as good.
-        dtype: as for ``load_model``; ``auto`` is that of the first model that is served.
-        server_options: further arguments of vLLM's servers.
-        time_limit: seconds that each start of a server and each run of the client may take.
-
     Raises:
         ValueError: if a number is out of range, or a limit is of an unknown metric.
     """
 
+    # names as for ``load_model``, which are served, and addresses of servers that run already. The others are compared
+    # with the first one.
     models: Sequence[str]
-    concurrencies: Sequence[int] = (1, 4, 16)
-    requests: int = 5
-    prompt_tokens: int = 128
-    new_tokens: int = 64
-    rounds: int = 3
+    concurrencies: Sequence[int] = (1, 4, 16)  # numbers of requests at a time
+    requests: int = 5  # number of requests in a round, for each of those at a time
+    prompt_tokens: int = 128  # tokens of each prompt
+    new_tokens: int = 64  # tokens of each answer, at least 2
+    rounds: int = 3  # turns of every server
+    # metric in ``LIMITS`` → ms; requests within all of them count as good
     limits: Mapping[str, float] = field(default_factory=dict)
-    dtype: str = "auto"
-    server_options: Sequence[str] = ()
-    time_limit: float = 900
+    dtype: str = "auto"  # as for ``load_model``; ``auto`` is that of the first model that is served
+    server_options: Sequence[str] = ()  # further arguments of vLLM's servers
+    time_limit: float = 900  # seconds that each start of a server and each run of the client may take
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.limits) - set(LIMITS)):
@@ -103,25 +93,15 @@ class ServeRequest:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that vLLM can serve, and the facts that need its weights.
+    """A folder that vLLM can serve, and the facts that need its weights."""
 
-    Attributes:
-        name: of the model.
-        folder: with its weights.
-        size: of the model.
-        dtype: of the server.
-        tokens: random ones, whose log-probabilities by transformers a server must have too.
-        exact: of each token but the first, with the weights in the server's dtype and the arithmetic in fp32.
-        rounding: mean absolute error of transformers in the server's dtype, nats.
-    """
-
-    name: str
-    folder: Path
-    size: Size
-    dtype: str
-    tokens: Sequence[int]
-    exact: Tensor
-    rounding: float
+    name: str  # of the model
+    folder: Path  # with its weights
+    size: Size  # of the model
+    dtype: str  # of the server
+    tokens: Sequence[int]  # random ones, whose log-probabilities by transformers a server must have too
+    exact: Tensor  # of each token but the first, with the weights in the server's dtype and the arithmetic in fp32
+    rounding: float  # mean absolute error of transformers in the server's dtype, nats
 
     def error_of(self, server: Server) -> float:
         """Mean absolute error of a server, nats."""

@@ -79,23 +79,14 @@ class Process:
 
 @dataclass(frozen=True)
 class Server:
-    """A server that answers.
+    """A server that answers."""
 
-    Attributes:
-        name: its name in results.
-        url: its address, without the path.
-        model: id of its model.
-        root: folder or hub name of its model.
-        version: version of vLLM; ``None`` if the server does not tell.
-        process: its process; ``None`` if it was not started here.
-    """
-
-    name: str
-    url: str
-    model: str
-    root: str
-    version: str | None
-    process: Process | None = None
+    name: str  # its name in results
+    url: str  # its address, without the path
+    model: str  # id of its model
+    root: str  # folder or hub name of its model
+    version: str | None  # version of vLLM; ``None`` if the server does not tell
+    process: Process | None = None  # its process; ``None`` if it was not started here
 
     def log_probabilities(self, tokens: Sequence[int]) -> list[float]:
         """The log-probability of each token of a prompt but the first, then of the token that follows.

@@ -16,19 +16,12 @@ _MOST_PLACES = 12  # that a reason is said to apply to
 
 
 class Table(NamedTuple):
-    """The results of one case as text.
+    """The results of one case as text."""
 
-    Attributes:
-        title: the case.
-        headings: of the columns that have a value in some row; the first names the rows.
-        rows: cells, empty without a value.
-        numeric: for each column, whether its values are numbers.
-    """
-
-    title: str
-    headings: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    numeric: tuple[bool, ...]
+    title: str  # the case
+    headings: tuple[str, ...]  # of the columns that have a value in some row; the first names the rows
+    rows: tuple[tuple[str, ...], ...]  # cells, empty without a value
+    numeric: tuple[bool, ...]  # for each column, whether its values are numbers
 
 
 def tables(records: Iterable[Record]) -> Iterator[Table]:

@@ -42,20 +42,16 @@ class Sample:
 class StopRule:
     """When turns end.
 
-    Attributes:
-        repeats: fewest turns.
-        min_seconds: fewest seconds of all turns.
-        precision: turns go on until all medians are known this well: largest distance from an end of the 95 % interval,
-            as a fraction of the median. ``None`` asks for no precision.
-        max_seconds: seconds after which turns end at any precision, 120 for ``None``; only with a precision.
-
     Raises:
         ValueError: if a number is out of range.
     """
 
-    repeats: int = 5
-    min_seconds: float = 0.0
+    repeats: int = 5  # fewest turns
+    min_seconds: float = 0.0  # fewest seconds of all turns
+    # turns go on until all medians are known this well: largest distance from an end of the 95 % interval, as a
+    # fraction of the median. ``None`` asks for no precision.
     precision: float | None = None
+    # seconds after which turns end at any precision, 120 for ``None``; only with a precision
     max_seconds: float | None = None
 
     def __post_init__(self) -> None:

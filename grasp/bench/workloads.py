@@ -198,7 +198,7 @@ def quantized(problem: Problem, storages: Sequence[Storage | None]) -> Problem:
     """The same operands with factors rounded to the nearest where there is a storage; scales in the dtype of x."""
 
     def rounded(matrix: Tensor, storage: Storage) -> tuple[Tensor, Tensor]:
-        values, scales = round_nearest(matrix, storage.bits, storage.group, storage.kind)
+        values, scales = round_nearest(matrix, storage)
         return pack_int4(values) if storage.bits == 4 else values, scales.to(matrix.dtype)
 
     groups = []
@@ -291,8 +291,7 @@ def compiled(op: str, problem: Problem) -> Run:
 
     def run(problem: Problem) -> list[Tensor]:
         factors = chain.from_iterable((group.U, group.Vh, group.order) for group in problem.groups)
-        outputs: list[Tensor] = function(problem.x, problem.grad_y, *factors)
-        return outputs
+        return function(problem.x, problem.grad_y, *factors)
 
     run(problem)
     return run

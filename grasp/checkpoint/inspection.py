@@ -155,19 +155,14 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
             f"{directory / FILE_NAME} is of a model of which {kept} layers remain, but a later one is low-rank here; "
             "expected the report of this checkpoint"
         )
+    sized = (
+        Part(part, len(of), sum(map(stored.parameters, of)), sum(map(stored.bytes, of))) for part, of in parts.items()
+    )
     return Inspection(
         directory=str(directory),
         model_type=str(config.get("model_type", "unknown")),
         num_layers=len({match[1] for name in stored.tensors if (match := _LAYER.search(name))}),
-        parts=tuple(
-            sorted(
-                (
-                    Part(part, len(names), sum(map(stored.parameters, names)), sum(map(stored.bytes, names)))
-                    for part, names in parts.items()
-                ),
-                key=lambda part: -part.bytes,
-            )
-        ),
+        parts=tuple(sorted(sized, key=lambda part: -part.bytes)),
         modules=tuple(sorted(modules, key=lambda module: module.layer)),
         report=report,
         quantized={name: str(storage) for name, storage in stored.storages.items()},

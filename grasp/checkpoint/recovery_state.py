@@ -9,7 +9,6 @@ from torch import Tensor
 
 from grasp.checkpoint.run_folder import RunFolder, read_data
 from grasp.files import require_space
-from grasp.progress import Clock
 
 
 class Snapshot(NamedTuple):
@@ -37,14 +36,6 @@ class RecoveryState(RunFolder):
 
     FORMAT = 2
     FILES = r"training\.(.+\.)?safetensors"  # format 1 has no digest in the name
-
-    def begin(self, fingerprint: Mapping[str, Any], clock: Clock) -> None:
-        """Write the fingerprint into a new folder; verify the stored one, and continue the clock, otherwise.
-
-        Raises:
-            ResumeError: if it has another fingerprint, or a file is missing or damaged.
-        """
-        self._begin(fingerprint, clock)
 
     def load(self) -> Snapshot | None:
         """The stored snapshot, or ``None``."""

@@ -142,7 +142,7 @@ class RunFolder:
             )
         return state
 
-    def _begin(self, fingerprint: Mapping[str, Any], clock: Clock) -> dict[str, Any]:
+    def open_run(self, fingerprint: Mapping[str, Any], clock: Clock) -> dict[str, Any]:
         """Store the fingerprint of a new run, or verify the stored one and add its time; the stored state, {} if new.
 
         Raises:

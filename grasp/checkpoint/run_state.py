@@ -186,7 +186,7 @@ class RunState(RunFolder, NoState):
         """
         clock.enter("identity")
         self._costs = None if costs is None else costs.to_dict()
-        state = self._begin(fingerprint(), clock)
+        state = self.open_run(fingerprint(), clock)
         if not state:
             return
         for name in ("block_influence", "widths", "cut", "measured"):

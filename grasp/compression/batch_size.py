@@ -29,13 +29,7 @@ CPU_TOKENS = {8: 512, 4: 1024, 2: 2048}
 
 
 def fitting_batch_size(
-    model: PreTrainedModel,
-    config: GraspConfig,
-    *,
-    num_samples: int,
-    seq_len: int,
-    memory: int | None = None,
-    processes: Processes = ALONE,
+    model: PreTrainedModel, job: CompressionJob, *, memory: int | None = None, processes: Processes = ALONE
 ) -> int:
     """The largest batch size for ``compress_`` that fits into the free memory of the device of the model.
 
@@ -44,9 +38,7 @@ def fitting_batch_size(
 
     Args:
         model: the model for ``compress_``.
-        config: its configuration.
-        num_samples: calibration sequences.
-        seq_len: tokens per sequence.
+        job: the compression, in one process.
         memory: the budget in bytes above the loaded model; ``None`` for ``FREE_FRACTION`` of the free memory.
         processes: that divide the free memory of a CPU. If they share the weights, nothing is tested: they would test
             different sizes and wait for each other.
@@ -55,14 +47,12 @@ def fitting_batch_size(
         OutOfMemoryError: if one sequence does not fit.
         ValueError, CalibrationError, UnsupportedModelError: as ``estimate`` does.
     """
-    device = first_device(model)
-    job = CompressionJob(model.config, config, model.dtype, device, num_samples, seq_len)
-    share = FREE_FRACTION / (processes.size if device.type == "cpu" else 1)
-    budget = int(share * free_bytes(device)) if memory is None else memory
+    share = FREE_FRACTION / (processes.size if job.on_cpu else 1)
+    budget = int(share * free_bytes(job.device)) if memory is None else memory
     largest = largest_batch_size(job, budget).batch_size
-    if device.type == "cpu" or processes.sharded:
+    if job.on_cpu or processes.sharded:
         return largest
-    return executable_batch_size(largest, lambda size: try_batch(model, config, budget, seq_len, size))
+    return executable_batch_size(largest, lambda size: try_batch(model, job.config, budget, job.seq_len, size))
 
 
 def largest_batch_size(job: CompressionJob, budget: int) -> Estimate:
@@ -113,8 +103,7 @@ def executable_batch_size(largest: int, trial: Callable[[int], None]) -> int:
             ) from error
         return batch_size
 
-    batch_size: int = find_executable_batch_size(attempt, starting_batch_size=largest)()
-    return batch_size
+    return find_executable_batch_size(attempt, starting_batch_size=largest)()
 
 
 def try_batch(model: PreTrainedModel, config: GraspConfig, memory: int, seq_len: int, batch_size: int) -> None:

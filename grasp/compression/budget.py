@@ -315,12 +315,8 @@ def predicted_bytes(
 ) -> int:
     """The bytes of all weights after compression; ``model`` is dense, other arguments as ``predicted_seconds``."""
     size, weights = _dense_bytes(config, model)
-    remaining = (target for layer, linears in targets.items() if layer not in removed for target in linears)
-    saved = (
-        stored_bytes(target, DENSE, config) - stored_bytes(target, ranks[target.name], config)
-        for target in remaining
-        if target.name in ranks
-    )
+    changed = (target for target in chain.from_iterable(targets.values()) if target.name in ranks)
+    saved = (stored_bytes(t, DENSE, config) - stored_bytes(t, ranks[t.name], config) for t in changed)
     return size - sum(weights[layer] for layer in removed) - sum(saved)
 
 

@@ -43,9 +43,6 @@ def candidates(
     can tell which is best.
 
     Args:
-        selections: the groups that each linear can retain, with the importance of all its groups.
-        plan: the linears that may be compressed.
-        prices: the unit of the budget.
         removal: for each layer that may be removed, the loss that this adds, in nats per token.
         nats: the loss that a score of 1 adds, in nats per token.
     """

@@ -53,10 +53,10 @@ class Memory:
     batch: int  # one batch that passes the layers of the span: activations, temporaries, logits
     decomposition: int  # of one linear
     other: int  # of refit: the sums of one input, and a solution; or one batch before the sweeps
-    hidden_states: int  # inputs of layers and gradients, for all batches, in CPU memory during the sweeps
-    refit_states: int  # likewise during the refit, or while weights are quantised
-    disk: int  # the run folder, with the hidden states beyond the budget, or the checkpoint
     on_cpu: bool  # whether the model is in CPU memory
+    hidden_states: int = 0  # inputs of layers and gradients, for all batches, in CPU memory during the sweeps
+    refit_states: int = 0  # likewise during the refit, or while weights are quantised
+    disk: int = 0  # the run folder, with the hidden states beyond the budget, or the checkpoint
 
     @property
     def peak(self) -> int:
@@ -79,40 +79,23 @@ class Estimate:
     The redundant layers are known only after block influence is measured. Unless the configuration determines them,
     ``layers`` are the layers in the middle of the model, ``fewest`` and ``most`` are the FLOPs for the last and the
     first layers, and ``memory`` is the maximum of the three.
-
-    Attributes:
-        batch_size: sequences per forward pass.
-        layers: layers to compress, ascending.
-        assumed: whether ``layers`` is an assumption.
-        sweeps: in their order.
-        passes: how often each sweep runs.
-        flops: for ``layers``.
-        fewest: lower bound of the total FLOPs.
-        most: upper bound of the total FLOPs.
-        memory: bytes above the loaded model.
-        least_memory: the smallest memory budget with which the compression runs, in bytes.
-        model_bytes: bytes of the parameters of the model; of the part of one process if it is sharded.
-        largest_matrix: (N, K) of the largest linear that could be compressed.
-        processes: processes that share the work.
-        rounds: how often all linears are scored.
-        in_order: whether linears are replaced sweep by sweep.
     """
 
-    batch_size: int
-    layers: tuple[int, ...]
-    assumed: bool
-    sweeps: tuple[SweepCost, ...]
-    passes: int
-    flops: Flops
-    fewest: int
-    most: int
-    memory: Memory
-    least_memory: int
-    model_bytes: int
-    largest_matrix: Shape
-    processes: int
-    rounds: int
-    in_order: bool
+    batch_size: int  # sequences per forward pass
+    layers: tuple[int, ...]  # layers to compress, ascending
+    assumed: bool  # whether ``layers`` is an assumption
+    sweeps: tuple[SweepCost, ...]  # in their order
+    passes: int  # how often each sweep runs
+    flops: Flops  # for ``layers``
+    fewest: int  # lower bound of the total FLOPs
+    most: int  # upper bound of the total FLOPs
+    memory: Memory  # bytes above the loaded model
+    least_memory: int  # the smallest memory budget with which the compression runs, in bytes
+    model_bytes: int  # bytes of the parameters of the model; of the part of one process if it is sharded
+    largest_matrix: Shape  # (N, K) of the largest linear that could be compressed
+    processes: int  # processes that share the work
+    rounds: int  # how often all linears are scored
+    in_order: bool  # whether linears are replaced sweep by sweep
 
     def seconds(self, rates: Rates) -> dict[str, float]:
         """Kind of step → time at the given rates, of matrix products and decompositions only.
@@ -180,7 +163,9 @@ def estimate(
     return Estimate(
         batch_size=batch_size,
         layers=cases[0].layers,
-        assumed=_is_upper_bound(config) or any(case.layers != cases[0].layers for case in cases),
+        # A latency takes as many layers as the costs of decoding tell, which are not known here.
+        assumed=(config.target_latency is not None and config.layers is None and config.scope != "model")
+        or any(case.layers != cases[0].layers for case in cases),
         sweeps=cases[0].sweeps,
         passes=estimator.job.passes_per_sweep,
         flops=cases[0].flops,
@@ -194,11 +179,6 @@ def estimate(
         rounds=estimator.job.rounds,
         in_order=not config.decides_together,
     )
-
-
-def _is_upper_bound(config: GraspConfig) -> bool:
-    """Whether the number of layers depends on costs of decoding, which the estimate does not know."""
-    return config.target_latency is not None and config.layers is None and config.scope != "model"
 
 
 class _Case(NamedTuple):
@@ -251,7 +231,7 @@ class _Estimator:
             other = self._tracer.base_bytes + forward_bytes(self._tracer, range(0), job.dtype)
             if config.bits is not None:
                 other = max(other, quantizing_bytes(self._tracer))
-            working = Memory(LIBRARY_BYTES, 0, 0, 0, 0, other, 0, 0, 0, job.on_cpu)
+            working = Memory(LIBRARY_BYTES, 0, 0, 0, 0, other, job.on_cpu)
             memory = self._with_states(working, self._stored_states([], ()), 0, self._checkpoint_bytes(0))
             return _Case(plan.layers, (), self._flops.count([], 0, 0), memory, working.peak)
         members = plan_sweeps(ranks, config.schedule)
@@ -278,9 +258,6 @@ class _Estimator:
             batch=largest.passing(layers),
             decomposition=largest.decomposing(part),
             other=largest.other,
-            hidden_states=0,
-            refit_states=0,
-            disk=0,
             on_cpu=job.on_cpu,
         )
         sweeps = self._flops.sweeps(members, plans, ranks)

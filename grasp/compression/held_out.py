@@ -35,7 +35,6 @@ from grasp.compression.selection import (
 from grasp.environment import return_freed_memory
 from grasp.errors import NonFiniteError
 from grasp.method import knapsack
-from grasp.method.cost_table import CostTable
 from grasp.method.metrics import nats_per_score
 from grasp.model.batch import excerpt
 from grasp.model.layer_removal import can_remove
@@ -107,13 +106,7 @@ def decide(run: Run, plan: Plan, selections: Selections) -> Decision:
 
 
 def compare_with_removal(run: Run, plan: Plan, scores: Sequence[float]) -> Decision:
-    """What a uniform budget is compared with: the dense model, and the least influential layers removed instead.
-
-    Args:
-        run: the run; none of its linears is replaced yet.
-        plan: what is to be saved.
-        scores: the block influence of each layer.
-    """
+    """What a uniform budget is compared with: the dense model, and the least influential layers removed instead."""
     dense = Candidate(DENSE, (), {})
     if not run.held_out:
         return decision(run, dense, (), {})
@@ -125,13 +118,7 @@ def compare_with_removal(run: Run, plan: Plan, scores: Sequence[float]) -> Decis
 
 
 def measure_whole(run: Run, plan: Plan, scores: Sequence[float]) -> None:
-    """Measure the dense model, and it without layers, before MLPs lose channels; nothing if no batches are held out.
-
-    Args:
-        run: the run; the model is dense.
-        plan: what is to be saved.
-        scores: the block influence of each layer.
-    """
+    """Measure the dense model, and it without layers, before MLPs lose channels; nothing if no batches are held out."""
     if not run.held_out or "whole" in run.state.measured:
         return
     with run.processes.fail_together():
@@ -142,9 +129,7 @@ def measure_whole(run: Run, plan: Plan, scores: Sequence[float]) -> None:
     for option in options:
         run.state.once(f"loss, {option.name}", partial(_measured, run, start, {}, option))
     run.state.record({"map": next((option.map for option in options if option.map), None)})
-    times = [_seconds(run, run.costs, option) if run.costs is not None else None for option in options]
-    found = [[o.name, o.removed, o.map, _bytes(run, o), time] for o, time in zip(options, times, strict=True)]
-    run.state.once("whole", lambda: found[1:])
+    run.state.once("whole", lambda: [[o.name, o.removed, o.map, *_costs(run, o)] for o in others])
 
 
 def whole_candidates(run: Run) -> list[Candidate]:
@@ -171,31 +156,28 @@ def result_loss(run: Run) -> dict[str, float]:
 
 def decision(run: Run, chosen: Candidate, options: Iterable[Candidate], losses: Mapping[str, float]) -> Decision:
     """The decision for one of some candidates, with the losses, the bytes and the predicted time of those measured."""
-    measured = [option for option in options if option.name in losses]
+    costs = {option.name: _costs(run, option) for option in options if option.name in losses}
     return Decision(
         chosen.removed,
         {target.name: rank for target, rank in chosen.ranks.items()},
         losses,
-        {option.name: _bytes(run, option) for option in measured},
-        {option.name: _seconds(run, run.costs, option) for option in measured if run.costs is not None},
+        {name: size for name, (size, _) in costs.items()},
+        {name: seconds for name, (_, seconds) in costs.items() if seconds is not None},
         chosen.map,
         chosen.fitted,
         whole=bool(chosen.size),
     )
 
 
-def _bytes(run: Run, option: Candidate) -> int:
+def _costs(run: Run, option: Candidate) -> tuple[int, float | None]:
+    """The bytes of all weights, and the predicted time to decode a token; ``None`` without costs."""
     if option.name == DENSE:
-        return run.before.bytes
-    ranks = {target.name: rank for target, rank in option.ranks.items()}
-    return option.size or predicted_bytes(run.config, run.model, run.targets, ranks, option.removed)
-
-
-def _seconds(run: Run, costs: CostTable, option: Candidate) -> float:
-    if option.name == DENSE:
-        return run.dense_seconds
-    ranks = {target.name: rank for target, rank in option.ranks.items()}
-    return option.seconds or predicted_seconds(run.config, costs, run.targets, ranks, option.removed)
+        return run.before.bytes, None if run.costs is None else run.dense_seconds
+    if option.size:
+        return option.size, option.seconds
+    of = run.targets, {target.name: rank for target, rank in option.ranks.items()}, option.removed
+    seconds = None if run.costs is None else predicted_seconds(run.config, run.costs, *of)
+    return predicted_bytes(run.config, run.model, *of), seconds
 
 
 def removal_losses(run: Run, plan: Plan, reference: Reference | None = None) -> dict[int, float]:
@@ -225,8 +207,6 @@ def removed_in_order(
     """The layers that go one after the other until the budget is met or no other can go, and what each loses then.
 
     Args:
-        run: the run; none of its linears is replaced yet.
-        plan: what is to be saved.
         losses: for each layer that may go, what removing it alone loses, or another score to go by.
         reference: after each removal ``RETRIED`` of the next layers are measured again beside it; ``None`` for none.
             After as many forward passes as there are ``losses`` the rest goes by what is known.
@@ -266,9 +246,7 @@ def _measured(run: Run, start: Prefix, selections: Selections, candidate: Candid
     The batches pass one layer after the other, so the factors of one layer are in memory at a time.
 
     Args:
-        run: the run; none of its linears is replaced yet.
         start: the held-out batches of this process, at layer 0.
-        selections: the groups that each linear can retain.
         candidate: what is measured; if it is fitted, that is done first, and stored.
     """
     model, hidden, removed = run.model, start.hidden[0], candidate.removed
@@ -278,16 +256,16 @@ def _measured(run: Run, start: Prefix, selections: Selections, candidate: Candid
     for layer in range(len(decoder(model).layers)):
         present = [target for target in selections if target.layer == layer]
         stored = stored_replacements(run.state, present) if candidate.fitted else None
-        chosen = stored or [
-            replacement(run.state, target, selections[target], candidate.ranks.get(target, knapsack.DENSE))
+        chosen = stored or {
+            target: replacement(run.state, target, selections[target], candidate.ranks.get(target, knapsack.DENSE))
             for target in present
-        ]
-        modules = {t: module for t, (module, _) in zip(present, chosen, strict=True) if module is not None}
+        }
+        modules = {target: module for target, (module, _) in chosen.items() if module is not None}
         mapped = bool(candidate.map) and layer == removed[0] - 1
         try:
             refit.replace_(layer, modules, is_fitted=stored is not None, is_removed=layer in removed)
             if candidate.fitted and layer not in removed and stored is None:
-                store(run, dict(zip(present, chosen, strict=True)))
+                store(run, chosen)
             with run.processes.fail_together(), with_map(run, candidate.map, layer) if mapped else nullcontext():
                 hidden = hidden if layer in removed else propagate(start, range(layer, layer + 1), hidden)
         finally:
@@ -309,12 +287,8 @@ def store(run: Run, chosen: Mapping[Target, Replacement], instead_of: str | None
         chosen: by linear.
         instead_of: the first part of the names of the files that it was made from. They are removed.
     """
-
-    def write(target: Target) -> str:
-        return write_replacement(run.state, target, chosen[target])
-
     files: dict[str, str | None] = {f"{instead_of}-{target.name}": None for target in chosen if instead_of}
-    written = run.processes.map_divided(list(chosen), write)
+    written = run.processes.map_divided(list(chosen), lambda t: write_replacement(run.state, t, chosen[t]))
     files |= {f"module-{target.name}": name for target, name in written}
     run.processes.wait_for_all()  # they may still read the files that are removed
     run.state.record(files)

@@ -14,30 +14,19 @@ from grasp.method.metrics import METRICS
 
 @dataclass(frozen=True)
 class CompressionJob:
-    """A compression to estimate.
+    """A compression to estimate."""
 
-    Args:
-        model_config: configuration of the model; its weights are not needed.
-        config: configuration of the compression. With ``threshold_ratio``, ranks are assumed to be at their upper
-            bound, where the low-rank linear has as many parameters as the dense one.
-        dtype: dtype of the weights.
-        device: the device to run on, on which layers are traced.
-        num_samples: calibration sequences.
-        seq_len: tokens per sequence.
-        processes: processes that share the sequences and the decompositions.
-        sharded: whether the weights are spread over the processes.
-        on_card: whether a card that this machine does not have is meant, with CPU memory beside it.
-    """
-
-    model_config: PreTrainedConfig
+    model_config: PreTrainedConfig  # configuration of the model; its weights are not needed
+    # configuration of the compression. With ``threshold_ratio``, ranks are assumed to be at their upper bound, where
+    # the low-rank linear has as many parameters as the dense one.
     config: GraspConfig
-    dtype: torch.dtype
-    device: torch.device
-    num_samples: int
-    seq_len: int
-    processes: int = 1
-    sharded: bool = False
-    on_card: bool = False
+    dtype: torch.dtype  # dtype of the weights
+    device: torch.device  # the device to run on, on which layers are traced
+    num_samples: int  # calibration sequences
+    seq_len: int  # tokens per sequence
+    processes: int = 1  # processes that share the sequences and the decompositions
+    sharded: bool = False  # whether the weights are spread over the processes
+    on_card: bool = False  # whether a card that this machine does not have is meant, with CPU memory beside it
 
     @property
     def on_cpu(self) -> bool:

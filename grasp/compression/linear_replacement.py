@@ -59,11 +59,7 @@ def linear_replacement(run: Run, plan: Plan) -> list[Candidate]:
         )
         sums = _map_sums(prefix, range(before, block.stop), run.model.get_submodule(added.module))
     run.processes.sum_(sums)
-
-    def write(_: range) -> str:
-        return run.state.write(_MAP, {_MAP: linear_map(*sums)})
-
-    ((_, file),) = run.processes.map_divided([block], write)
+    ((_, file),) = run.processes.map_divided([block], lambda _: run.state.write(_MAP, {_MAP: linear_map(*sums)}))
     return [Candidate(f"layers {layer_ranges(block)} replaced by a linear map", tuple(block), {}, file)]
 
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 from itertools import groupby
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grasp.compression.budget import Plan
 from grasp.compression.candidates import low_ranks
 from grasp.compression.run import Run
-from grasp.compression.selection import Selection, Selections, replacement
+from grasp.compression.selection import Selection, Selections, low_rank
 from grasp.environment import return_freed_memory
 from grasp.model.hooks import replaced
 from grasp.model.targets import Target, decoder
@@ -31,14 +31,7 @@ def corrections(run: Run, plan: Plan, selections: Selections, reference: Referen
     Each block alone is given the ranks that the whole budget would give it, and the divergence from the dense model is
     measured. The number is the root of measured over predicted, relative to all blocks: the scores then predict the
     geometric mean of both. Blocks that stay dense have none. What rounding makes diverge is added to every
-    prediction, so that in bf16 small divergences correct little.
-
-    Args:
-        run: the run; none of its linears is replaced yet.
-        plan: what is to be saved.
-        selections: the groups that each linear can retain.
-        reference: the dense model on held-out tokens.
-        nats: the loss that a score of 1 adds, in nats per token.
+    prediction, so that in bf16 small divergences correct little. ``nats`` is the loss that a score of 1 adds.
     """
     ranks = low_ranks(selections, plan, run.prices, 1.0)
     if not ranks:
@@ -46,7 +39,8 @@ def corrections(run: Run, plan: Plan, selections: Selections, reference: Referen
     measured, rounding = _divergences(run, reference, selections, ranks)
     predicted = dict.fromkeys(measured, rounding)
     for target, rank in ranks.items():
-        predicted[_block(target)] += nats * _dropped(selections[target], rank)
+        scores, kept = selections[target].importance.double(), selections[target].indices[selections[target].best(rank)]
+        predicted[_block(target)] += nats * float(scores.sum() - scores[kept].sum())
     factors = correction_factors(predicted, measured)
     return {target.name: factors[_block(target)] for target in selections if _block(target) in factors}
 
@@ -89,7 +83,7 @@ def _divergences(
         for done, ((layer, _), targets) in enumerate(members.items(), start=1):
             if layer > entering:
                 entering, hidden = layer, propagate(prefix, range(entering, layer), hidden)
-            with replaced(run.model, _low_rank(run, selections, {target: ranks[target] for target in targets})):
+            with replaced(run.model, {t.name: low_rank(run.state, t, selections[t], ranks[t]) for t in targets}):
                 students.append(propagate(prefix, range(layer, depth), hidden))
             return_freed_memory()
             run.progress("candidates, block by block", done, len(members))
@@ -106,17 +100,5 @@ def _rounded_otherwise(hidden: Tensor) -> Tensor:
     return (hidden + hidden * (noise * torch.finfo(hidden.dtype).eps)).to(hidden.dtype)
 
 
-def _low_rank(run: Run, selections: Selections, ranks: Mapping[Target, int]) -> dict[str, nn.Module]:
-    """The linears of these ranks by path, without those that stay dense."""
-    modules = {t.name: replacement(run.state, t, selections[t], rank)[0] for t, rank in ranks.items()}
-    return {name: module for name, module in modules.items() if module is not None}
-
-
 def _block(target: Target) -> Block:
     return target.layer, target.block
-
-
-def _dropped(selection: Selection, rank: int) -> float:
-    """The score of all groups that a rank leaves out."""
-    kept = selection.importance[selection.indices[selection.best(rank)]]
-    return float(selection.importance.double().sum() - kept.double().sum())

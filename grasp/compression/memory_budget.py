@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
-from grasp.compression.layer_cost import Tracer, tracer_for
+from grasp.compression.layer_cost import tracer_for
 from grasp.compression.memory import span_memory
 from grasp.compression.span_plan import PlannedSpan, SpanMemory
 from grasp.config import GraspConfig
@@ -39,25 +40,12 @@ def check_budgets(memory: int | None, host_memory: int | None, *, on_cpu: bool) 
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """How much memory a compression may take above the loaded model.
+    """How much memory a compression may take above the loaded model."""
 
-    Attributes:
-        tracer: the model without data; ``None`` if it cannot run without data, then all layers are one span.
-        config: what to compress and how.
-        tokens: all calibration tokens.
-        dtype: of the weights.
-        fetched: bytes of a weight that is offloaded or sharded, while its linear runs; 0 if all weights are in memory.
-        device: bytes for a span, on the device of the model.
-        hidden_states: bytes of CPU memory for hidden states; ``None`` for any number.
-    """
-
-    tracer: Tracer | None
-    config: GraspConfig
-    tokens: int
-    dtype: torch.dtype
-    fetched: int
-    device: int
-    hidden_states: int | None
+    # ``span_memory`` of this model; ``None`` if it cannot run without data, then all layers are one span
+    needed: Callable[..., SpanMemory] | None
+    device: int  # bytes for a span, on the device of the model
+    hidden_states: int | None  # bytes of CPU memory for hidden states; ``None`` for any number
 
     @classmethod
     def of(
@@ -105,27 +93,23 @@ class MemoryBudget:
         except UnsupportedModelError:
             if is_given:
                 raise
-            return cls(None, config, tokens, model.dtype, 0, memory, host_memory)
-        budget = cls(tracer, config, tokens, model.dtype, fetched_bytes(model), memory, host_memory)
+            return cls(None, memory, host_memory)
+        needed = partial(
+            span_memory, tracer, config=config, tokens=tokens, dtype=model.dtype, extra=fetched_bytes(model)
+        )
         linears = [target for target in targets if config.layers is None or target.layer in config.layers]
         peaks = []  # found now, so that too little memory is refused before the block influence is measured
         for members in plan_sweeps(linears, config.schedule):
-            spans = budget._memory(members, None)
+            spans = needed(members)
             peaks.append(spans.most_of(spans.plan(memory)))
         if not on_cpu or not peaks:
-            return budget
-        return replace(budget, device=max(peaks), hidden_states=memory - max(peaks))
+            return cls(needed, memory, host_memory)
+        return cls(needed, max(peaks), memory - max(peaks))
 
     def spans(
         self, targets: Collection[Target], layers: range, ranks: Mapping[str, int] | None = None
     ) -> list[PlannedSpan]:
         """Divide layers into spans, see ``SpanMemory.plan``."""
-        if self.tracer is None:
+        if self.needed is None:
             return [PlannedSpan(layers, (tuple(targets),))]
-        return self._memory(targets, ranks or {}).plan(self.device)
-
-    def _memory(self, targets: Collection[Target], ranks: Mapping[str, int] | None) -> SpanMemory:
-        assert self.tracer is not None
-        return span_memory(
-            *(self.tracer, targets, self.config, self.tokens), dtype=self.dtype, ranks=ranks, extra=self.fetched
-        )
+        return self.needed(targets, ranks=ranks or {}).plan(self.device)

@@ -32,7 +32,6 @@ from grasp.model.narrowing import (
     empty_linear,
     mark_narrowed,
     narrow_mlp_,
-    narrowed_mlps,
     resize_mlp_,
 )
 from grasp.model.offload import is_fetched_per_call
@@ -106,12 +105,6 @@ def narrow_(run: Run, plan: Plan, work: Work, scores: Sequence[float]) -> tuple[
     """Remove channels of MLPs, and plan the rest of the budget for the smaller model; or change nothing.
 
     The first sweep decides. What the dense model loses without layers is measured before, on held-out batches.
-
-    Args:
-        run: the run; the model is dense.
-        plan: what is to be saved.
-        work: its sweep.
-        scores: the block influence of each layer.
     """
     config, state = run.config, run.state
     if not config.narrows:
@@ -189,11 +182,11 @@ def _choose_(run: Run, plan: Plan, work: Work) -> None:
 
 def mlps(members: Sequence[Target], run: Run) -> list[Mlp]:
     """The MLPs that can be narrowed, and were not before, all of whose linears are among ``members``."""
-    by_name, before = {target.name: target for target in members}, dict(narrowed_mlps(run.model))
+    by_name = {target.name: target for target in members}
     found = []
     for path, module in run.model.named_modules():
         names = [f"{path}.{name}" for name in (*GATE_UP, DOWN)]
-        is_whole = path not in before and can_narrow(module) and not any(map(is_fetched_per_call, module.children()))
+        is_whole = can_narrow(module) and not any(map(is_fetched_per_call, module.children()))
         if is_whole and by_name.keys() >= {*names}:
             gate, up, down = (by_name[name] for name in names)
             found.append(Mlp(path, (gate, up), down))

@@ -167,8 +167,8 @@ def _fitted(weight: Tensor, sums: Moments | None) -> Tensor:
 def _rounded(matrix: Tensor, moment: Tensor | None, storage: Storage, metric: Tensor | None = None) -> Rounded:
     """Round a matrix, given ``Σ x̂ x̂ᵀ`` of its inputs, or to the nearest value. For ``metric`` see the callee."""
     if moment is None:
-        return round_nearest(matrix, *storage)
-    return round_to_outputs(matrix, moment, *storage, metric=metric)
+        return round_nearest(matrix, storage)
+    return round_to_outputs(matrix, moment, storage, metric)
 
 
 def _replace_(
@@ -212,19 +212,19 @@ def _rounded_left(U: Tensor, Vh: Tensor, rounded: Tensor, moment: Tensor | None,
     The fit minimises the errors that the rounding of U will make as well, which grow with U: a ridge.
     """
     if moment is None:
-        return round_nearest(U, *storage)
+        return round_nearest(U, storage)
     place = fp64_device(U.device)
     right = to_double(rounded, place).mT
     projected = to_double(moment, place) @ right  # Σ x̂ ĥᵀ
     gram = right.mT @ projected  # Σ ĥ ĥᵀ
     ridge = 4.0**-storage.bits / 4 * float(gram.diagonal().mean())
     if ridge == 0:
-        return round_to_outputs(U, gram, *storage)
+        return round_to_outputs(U, gram, storage)
     damped = gram.clone()
     damped.diagonal().add_(ridge)
     target = to_double(U, place) @ (to_double(Vh, place) @ projected)
     fitted = torch.linalg.solve(damped, target, left=False).float()
-    return round_to_outputs(fitted.to(U.device), gram, *storage)
+    return round_to_outputs(fitted.to(U.device), gram, storage)
 
 
 def _store_(module: nn.Module, name: str, rounded: Rounded) -> None:

@@ -125,11 +125,9 @@ def decide_in_order_(run: Run, plan: Plan, work: Work) -> None:
     """Replace the linears of one sweep after the other; each sweep runs on the model so far (arXiv 2501.00339)."""
     for members in work.sweeps:
         selections = select(run, plan, work.prefix, members, "only")
-        replacements = [
-            replacement(run.state, target, selections[target], len(selections[target].indices)) for target in members
-        ]
-        store(run, dict(zip(members, replacements, strict=True)), "only")
-        for target, (module, report) in zip(members, replacements, strict=True):
+        chosen = {target: replacement(run.state, target, s, len(s.indices)) for target, s in selections.items()}
+        store(run, chosen, "only")
+        for target, (module, report) in chosen.items():
             work.reports.append(report)
             if module is not None:
                 run.model.set_submodule(target.name, module)
@@ -172,15 +170,15 @@ def carry_out_decision_(run: Run, plan: Plan, work: Work, decision: Decision) ->
     reports: dict[Target, ModuleReport] = {}
     for layer, linears in members.items():
         stored = stored_replacements(run.state, linears)
-        chosen = stored or [_decided(run, target, decision) for target in linears]
-        modules = {t: module for t, (module, _) in zip(linears, chosen, strict=True) if module is not None}
+        chosen = stored or {target: _decided(run, target, decision) for target in linears}
+        modules = {target: module for target, (module, _) in chosen.items() if module is not None}
         run.clock.enter("refit")
         refit.replace_(layer, modules, is_fitted=stored is not None, is_removed=layer in decision.removed)
         if stored is None:
-            store(run, dict(zip(linears, chosen, strict=True)), "second")
+            store(run, chosen, "second")
         settle_(run, modules)
         return_freed_memory()
-        reports.update(zip(linears, (report for _, report in chosen), strict=True))
+        reports |= {target: report for target, (_, report) in chosen.items()}
         run.progress("refit", layer + 1, len(members))
     work.reports.extend(reports[target] for target in plan.ranks)
 

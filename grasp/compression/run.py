@@ -29,47 +29,28 @@ from grasp.statistics.scores import Scores, gather_scores
 
 @dataclass(frozen=True)
 class Run:
-    """The request of a compression, checked against the model, and what its steps share.
+    """The request of a compression, checked against the model, and what its steps share."""
 
-    Attributes:
-        model: changed in place.
-        batches: the calibration batches.
-        held_out: other ones, on which losses are measured; with a global budget they decide between candidates.
-        config: the configuration.
-        costs: of decoding, for a target latency.
-        dense_seconds: the predicted time to decode a token before; 0 without ``costs``.
-        targets: the linears that can be compressed, by layer.
-        left: the modules that cannot be compressed, by layer, each with its reason.
-        prices: the unit of the budget.
-        before: the size of the model before.
-        memory: which layers are swept together.
-        scratch: where hidden states are kept.
-        clock: counts the time of each step.
-        progress: called as ``progress(step, done, total)``.
-        state: the run folder, or a temporary one.
-        processes: the processes that share the work.
-        gather: ``gather_scores``, or what a study puts in its place to reuse statistics.
-        narrowed: whether MLPs of the model have lost channels.
-    """
-
-    model: PreTrainedModel
+    model: PreTrainedModel  # changed in place
     batches: Sequence[CalibrationBatch]
+    # other ones, on which losses are measured; with a global budget they decide between candidates
     held_out: Sequence[CalibrationBatch]
     config: GraspConfig
-    costs: CostTable | None
-    dense_seconds: float
-    targets: Targets
-    left: ModulesLeft
-    prices: Prices
-    before: Size
-    memory: MemoryBudget
-    scratch: Scratch
-    clock: Clock
-    progress: Progress
-    state: NoState
-    processes: Processes
+    costs: CostTable | None  # of decoding, for a target latency
+    dense_seconds: float  # the predicted time to decode a token before; 0 without ``costs``
+    targets: Targets  # the linears that can be compressed, by layer
+    left: ModulesLeft  # those that cannot be compressed, by layer, each with its reason
+    prices: Prices  # the unit of the budget
+    before: Size  # the size of the model before
+    memory: MemoryBudget  # which layers are swept together
+    scratch: Scratch  # where hidden states are kept
+    clock: Clock  # counts the time of each step
+    progress: Progress  # called as ``progress(step, done, total)``
+    state: NoState  # the run folder, or a temporary one
+    processes: Processes  # the processes that share the work
+    # ``gather_scores``, or what a study puts in its place to reuse statistics
     gather: Callable[..., Scores] = gather_scores
-    narrowed: bool = False
+    narrowed: bool = False  # whether MLPs of the model have lost channels
 
 
 @torch.inference_mode(mode=False)

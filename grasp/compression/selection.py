@@ -40,22 +40,15 @@ class Selection:
     """The singular groups that a linear can retain, or the reason why it is skipped.
 
     The factors are in a file of the run, since those of all linears are as large as the model.
-
-    Attributes:
-        file: its name.
-        indices: (R,) int64, ascending; the groups that the file has, 0 being the one with the largest singular value.
-        importance: (groups,), of all groups; empty if the linear is skipped.
-        spectrum: the singular values of all groups at ``spectrum_indices``.
-        rounding: (1,), the score of giving the dense linear fewer bits; empty if that is no choice.
-        skipped: the reason, or "".
     """
 
-    file: str
+    file: str  # its name
+    # (R,) int64, ascending; the groups that the file has, 0 being the one with the largest singular value
     indices: Tensor
-    importance: Tensor
-    spectrum: Tensor
-    rounding: Tensor
-    skipped: str
+    importance: Tensor  # (groups,), of all groups; empty if the linear is skipped
+    spectrum: Tensor  # the singular values of all groups at ``spectrum_indices``
+    rounding: Tensor  # (1,), the score of giving the dense linear fewer bits; empty if that is no choice
+    skipped: str  # the reason, or ""
 
     def best(self, rank: int) -> Tensor:
         """(rank,) int64, ascending: the positions in ``indices`` of the most important groups."""
@@ -123,7 +116,7 @@ def rounding_score(weight: Tensor, covariance: Covariance, storage: Storage, nam
     assert B is not None
     device = fp64_device(weight.device)
     (more_A, total_A), (more_B, total_B) = (shrinkage(each, tokens, device, name) for each in (A, B))
-    error = weight.float() - round_to_outputs(weight, A, *storage).matrix
+    error = weight.float() - round_to_outputs(weight, A, storage).matrix
     left, right = B.float() @ error + more_B * error, error @ A.float() + more_A * error
     return to_double(left * right, device).sum().reshape(1) / (total_A * total_B)
 
@@ -185,10 +178,10 @@ def read_replacement(state: NoState, target: Target, file: str) -> Replacement:
     return Replacement(module, ModuleReport.from_dict(notes["report"]))
 
 
-def stored_replacements(state: NoState, members: Sequence[Target]) -> list[Replacement] | None:
+def stored_replacements(state: NoState, members: Sequence[Target]) -> dict[Target, Replacement] | None:
     """What takes the place of some linears, if it is stored for all of them."""
     files = {target: state.files.get(f"module-{target.name}") for target in members}
-    read = [read_replacement(state, target, file) for target, file in files.items() if file is not None]
+    read = {target: read_replacement(state, target, file) for target, file in files.items() if file is not None}
     return read if read and len(read) == len(files) else None
 
 

@@ -33,27 +33,18 @@ class PlannedSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class SpanMemory:
-    """What spans take on the device of the model, above the loaded model.
+    """What spans take on the device of the model, above the loaded model."""
 
-    Attributes:
-        targets: the linears whose sums are gathered.
-        layers: the layers that run, from the lowest with a target to the last one of the model.
-        needs: of each of ``layers``.
-        fixed: bytes that every step takes.
-        head: temporary bytes of the loss and its gradient, which the deepest span computes before its backward pass.
-        sum_bytes: bytes of the sums of some linears. Linears of different inputs (``input_groups``) share no sums.
-        decomposition_bytes: temporary bytes of one decomposition. It runs while all sums of its span are held and no
-            batch passes.
-        other: bytes of the steps before and after the sweeps, beside ``fixed``: no division into spans changes them.
-    """
-
-    targets: Collection[Target]
-    layers: range
-    needs: Mapping[int, LayerNeeds]
-    fixed: int
-    head: int
+    targets: Collection[Target]  # the linears whose sums are gathered
+    layers: range  # the layers that run, from the lowest with a target to the last one of the model
+    needs: Mapping[int, LayerNeeds]  # of each of ``layers``
+    fixed: int  # bytes that every step takes
+    head: int  # temporary bytes of the loss and its gradient, which the deepest span computes before its backward pass
+    # bytes of the sums of some linears. Linears of different inputs (``input_groups``) share no sums.
     sum_bytes: Callable[[Collection[Target]], int]
+    # temporary bytes of one decomposition. It runs while all sums of its span are held and no batch passes.
     decomposition_bytes: Callable[[Target], int]
+    # bytes of the steps before and after the sweeps, beside ``fixed``: no division into spans changes them
     other: int = 0
 
     def passing(self, layers: range) -> int:

@@ -341,5 +341,4 @@ def _name_sources(configs: dict[str, dict[str, Any]], files: Mapping[str, Path])
 def _as_json(results: dict[str, Any]) -> dict[str, Any]:
     """Convert numbers of numpy to Python numbers, and other values that JSON does not have to text."""
     text = json.dumps(results, default=lambda value: value.item() if hasattr(value, "item") else str(value))
-    converted: dict[str, Any] = json.loads(text)
-    return converted
+    return json.loads(text)

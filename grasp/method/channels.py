@@ -18,17 +18,11 @@ _STEPS = 128  # removals between two updates of whole matrices
 
 
 class Narrowed(NamedTuple):
-    """What is left of a linear whose input has lost channels.
+    """What is left of a linear whose input has lost channels."""
 
-    Attributes:
-        channels: (n,) int64, ascending, those that stay.
-        weight: (N, n), which makes up for the others.
-        loss: ``‖B^½ ΔW A^½‖²`` of the removal, in the units of ``decompose_in``'s S².
-    """
-
-    channels: Tensor
-    weight: Tensor
-    loss: float
+    channels: Tensor  # (n,) int64, ascending, those that stay
+    weight: Tensor  # (N, n), which makes up for the others
+    loss: float  # ``‖B^½ ΔW A^½‖²`` of the removal, in the units of ``decompose_in``'s S²
 
 
 def widths_of(channels: int) -> list[int]:

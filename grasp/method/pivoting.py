@@ -22,18 +22,12 @@ class Pivoted(NamedTuple):
     """``weight[pivots] = Vp`` and ``weight[other rows, ascending] = C @ Vp``, in R(N + K − R) numbers.
 
     So ``h = Vp @ x`` is a part of the output ``y``, and ``C @ h`` is the rest of it.
-
-    Attributes:
-        pivots: (R,) int64, distinct and ascending.
-        C: (N − R, R); no entry is above ``LARGEST_COEFFICIENT`` in absolute value.
-        Vp: (R, K).
-        growth: see ``rounding_growth``.
     """
 
-    pivots: Tensor
-    C: Tensor
-    Vp: Tensor
-    growth: float
+    pivots: Tensor  # (R,) int64, distinct and ascending
+    C: Tensor  # (N − R, R); no entry is above ``LARGEST_COEFFICIENT`` in absolute value
+    Vp: Tensor  # (R, K)
+    growth: float  # see ``rounding_growth``
 
 
 def pivot(U: Tensor, Vh: Tensor) -> Pivoted:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from grasp.method.blocks import fp64_device, to_double
 from grasp.method.ranks import Shape
+from grasp.method.storage import Storage
 from grasp_kernels.quantized import dequantize
 
 _BLOCK = 128  # columns that are rounded before the error moves on to all others
@@ -34,22 +35,17 @@ class _Range(NamedTuple):
 
 
 _RANGES = {
-    ("int", 8): _Range(-128, 127, torch.int8),
-    ("int", 4): _Range(-8, 7, torch.int8),
-    ("fp", 8): _Range(-448, 448, torch.float8_e4m3fn),
+    "int8": _Range(-128, 127, torch.int8),
+    "int4": _Range(-8, 7, torch.int8),
+    "fp8": _Range(-448, 448, torch.float8_e4m3fn),
 }
 
 
 class Rounded(NamedTuple):
-    """A quantised matrix with one value per entry.
+    """A quantised matrix with one value per entry."""
 
-    Attributes:
-        values: (rows, depth) int8, or float8_e4m3fn for fp8.
-        scales: (rows, groups) fp32, see ``grasp_kernels.quantized``.
-    """
-
-    values: Tensor
-    scales: Tensor
+    values: Tensor  # (rows, depth) int8, or float8_e4m3fn for fp8
+    scales: Tensor  # (rows, groups) fp32, see ``grasp_kernels.quantized``
 
     @property
     def matrix(self) -> Tensor:
@@ -57,33 +53,23 @@ class Rounded(NamedTuple):
         return dequantize(self.values, self.scales, self.values.shape[1])
 
 
-def round_nearest(weight: Tensor, bits: int, group: int | None = None, kind: str = "int") -> Rounded:
+def round_nearest(weight: Tensor, storage: Storage) -> Rounded:
     """Round each entry to the nearest value.
 
     Args:
         weight: (rows, depth), finite, any floating dtype.
-        bits: 8 or 4.
-        group: columns with one scale; ``None``: a row has one.
-        kind: ``"int"``, or ``"fp"`` with 8 bits.
+        storage: of the result.
 
     Example:
-        >>> round_nearest(torch.tensor([[1.0, -0.5, 0.0]]), 8).values
+        >>> round_nearest(torch.tensor([[1.0, -0.5, 0.0]]), Storage(8)).values
         tensor([[127, -64,   0]], dtype=torch.int8)
     """
-    weight, values = weight.float(), _RANGES[kind, bits]
-    scales = _scales(weight, values, group, weight.new_ones(weight.shape[1]))
-    return Rounded(_nearest(weight, _spread(scales, weight.shape[1], group), values), scales)
+    weight, values = weight.float(), _RANGES[storage.numbers]
+    scales = _scales(weight, values, storage.group, weight.new_ones(weight.shape[1]))
+    return Rounded(_nearest(weight, _spread(scales, weight.shape[1], storage.group), values), scales)
 
 
-def round_to_outputs(
-    weight: Tensor,
-    moment: Tensor,
-    bits: int,
-    group: int | None = None,
-    kind: str = "int",
-    *,
-    metric: Tensor | None = None,
-) -> Rounded:
+def round_to_outputs(weight: Tensor, moment: Tensor, storage: Storage, metric: Tensor | None = None) -> Rounded:
     """Round such that ``Σ eᵀ metric e`` with ``e = (weight − rounded) x`` is small.
 
     Each rounding error is made up for in later columns, and with a metric in later rows too. Columns are rounded in the
@@ -95,16 +81,14 @@ def round_to_outputs(
     Args:
         weight: (rows, depth), finite.
         moment: ``Σ x xᵀ`` of the inputs, (depth, depth) symmetric; a factor does not matter.
-        bits: 8 or 4.
-        group: columns with one scale; ``None``: a row has one.
-        kind: ``"int"``, or ``"fp"`` with 8 bits.
+        storage: of the result.
         metric: (rows, rows) symmetric, such as ``CᵀC`` if C is applied to the outputs; a factor does not matter.
             ``None``: the identity.
 
     Returns:
         As ``round_nearest``, on the device of ``weight``.
     """
-    weight, values = weight.float(), _RANGES[kind, bits]
+    weight, values, group = weight.float(), _RANGES[storage.numbers], storage.group
     columns = _Order.by(moment, _DAMPING, weight.device)
     if metric is None:
         return _round_columns(weight, columns, values, group)
@@ -122,15 +106,11 @@ def round_to_outputs(
 
 
 class _Order(NamedTuple):
-    """An order of rounding, and how errors move on in it.
+    """An order of rounding, and how errors move on in it."""
 
-    Attributes:
-        order: indices, those of the largest entry on the diagonal first.
-        factor: upper triangular, in this order; ``factor factorᵀ`` is the moment. So errors e cost ``‖factorᵀ e‖²``. Of
-            its k-th term ``factor[k, k]² e[k]²`` is left if index k makes up for all errors before it.
-    """
-
-    order: Tensor
+    order: Tensor  # indices, those of the largest entry on the diagonal first
+    # upper triangular, in this order; ``factor factorᵀ`` is the moment. So errors e cost ``‖factorᵀ e‖²``. Of its k-th
+    # term ``factor[k, k]² e[k]²`` is left if index k makes up for all errors before it.
     factor: Tensor
 
     @classmethod
@@ -198,7 +178,7 @@ def _scales(weight: Tensor, range_: _Range, group: int | None, importance: Tenso
     padded = torch.nn.functional.pad(weight, (0, count * size - depth)).view(len(weight), count, size)
     weights = torch.nn.functional.pad(importance, (0, count * size - depth)).view(count, size)
     largest = padded.gather(2, padded.abs().argmax(2, keepdim=True))
-    if range_ != _RANGES["int", 4]:
+    if range_ != _RANGES["int4"]:
         return (largest.abs() / range_.highest).bfloat16().float()[..., 0]
     chosen, rows = [], max(1, _ENTRIES // (count * size))
     for part, end in zip(padded.split(rows), largest.split(rows), strict=True):

@@ -10,17 +10,11 @@ _DEFAULT_GROUP = 64  # of 4 bits
 
 
 class Storage(NamedTuple):
-    """How the values of a matrix are stored; as text ``"int8"``, ``"int4"``, ``"fp8"`` or, with groups, ``"int4/64"``.
+    """How values of a matrix are stored; as text ``"int8"``, ``"int4"``, ``"fp8"`` or, with groups, ``"int4/64"``."""
 
-    Attributes:
-        bits: 8 or 4 per value.
-        group: columns with one scale; ``None``: a row has one scale.
-        kind: ``"int"``, or ``"fp"`` for 8 bits of float8_e4m3fn.
-    """
-
-    bits: int
-    group: int | None = None
-    kind: str = "int"
+    bits: int  # 8 or 4 per value
+    group: int | None = None  # columns with one scale; ``None``: a row has one scale
+    kind: str = "int"  # ``"int"``, or ``"fp"`` for 8 bits of float8_e4m3fn
 
     def __str__(self) -> str:
         return self.numbers + (f"/{self.group}" if self.group else "")

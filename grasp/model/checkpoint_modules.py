@@ -29,6 +29,8 @@ from grasp.model.quantized_linear import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from grasp.model.hf_quantizer import GraspQuantizationConfig
+
 _FILE_DTYPES = {**{dtype: name for name, dtype in VALUES.items()}, torch.int32: "I32"}
 
 
@@ -43,27 +45,21 @@ def compressed_modules(model: nn.Module) -> Iterator[tuple[str, LowRankLinear | 
     return ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
 
 
-def build_(
-    model: PreTrainedModel,
-    ranks: Mapping[str, int],
-    pivoted: Sequence[str],
-    quantized: Mapping[str, Sequence[str]],
-    shapes: Mapping[str, Shape],
-) -> None:
-    """Replace modules of a dense model by those that a ``GraspQuantizationConfig`` names. Neither have data.
+def build_(model: PreTrainedModel, config: GraspQuantizationConfig) -> None:
+    """Replace modules of a dense model by those that its configuration names. Neither have data.
 
     Raises:
         CheckpointError: if the model has no such modules, or they cannot have these shapes, ranks and storages.
     """
     paths = {path for path, _ in model.named_modules()}
-    for name, shape in shapes.items():
+    for name, shape in config.shapes.items():
         path = _resolve(model, name, paths, "shapes")
         model.set_submodule(path, _empty_linear(name, model.get_submodule(path), shape))
         mark_narrowed(model.get_submodule(path.rpartition(".")[0]))
-    for name, rank in ranks.items():
+    for name, rank in config.ranks.items():
         path = _resolve(model, name, paths, "ranks")
-        model.set_submodule(path, _empty_layer(name, model.get_submodule(path), rank, name in pivoted))
-    for path, storage in _quantized_paths(model, quantized, paths).items():
+        model.set_submodule(path, _empty_layer(name, model.get_submodule(path), rank, name in config.pivoted))
+    for path, storage in _quantized_paths(model, config.quantized, paths).items():
         model.set_submodule(path, _empty_quantized(path, model.get_submodule(path), storage))
     tie_scales_(model)
 

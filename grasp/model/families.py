@@ -6,24 +6,19 @@ from typing import NamedTuple
 
 
 class Family(NamedTuple):
-    """Everything that the package needs to know about a family of models; the defaults are the usual names.
+    """Everything that the package needs to know about a family of models; the defaults are the usual names."""
 
-    Attributes:
-        layers: path of the decoder layers, from the model.
-        norms: paths that the norm after the last layer may have, from the model.
-        attention: a linear belongs to the attention of its layer if its path in the layer contains one of these.
-        qkv: sibling linears of the attention that take one input, the first to be called first.
-        gate_up: sibling linears of a gated MLP that take one input, the first to be called first.
-        index_names: attributes of a layer's modules that hold the index of the layer.
-        index_lists: lists in the configuration that hold indices of layers.
-    """
-
-    layers: str
-    norms: tuple[str, ...]
+    layers: str  # path of the decoder layers, from the model
+    norms: tuple[str, ...]  # paths that the norm after the last layer may have, from the model
+    # a linear belongs to the attention of its layer if its path in the layer contains one of these
     attention: tuple[str, ...] = ("attn", "attention")
+    # sibling linears of the attention that take one input, the first to be called first
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    # sibling linears of a gated MLP that take one input, the first to be called first
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    # attributes of a layer's modules that hold the index of the layer
     index_names: tuple[str, ...] = ("layer_idx", "layer_id", "layer_number")
+    # lists in the configuration that hold indices of layers
     index_lists: tuple[str, ...] = ("mlp_only_layers", "moe_layers")
 
     @property

@@ -139,7 +139,7 @@ class GraspHfQuantizer(HfQuantizer):
         config = self.quantization_config
         tensors = read_headers(file for file in checkpoint_files or () if str(file).endswith(".safetensors"))
         self._tensor_names = frozenset(tensors)
-        build_(model, config.ranks, config.pivoted, config.quantized, config.shapes)
+        build_(model, config)
         check_headers(model, tensors)
         keep_factors_whole_(model.tp_plan, [path for path, _ in lowrank_layers(model)])
         return model

@@ -20,12 +20,12 @@ LINEARS = (nn.Linear, LowRankLinear, QuantizedLinear, QuantizedLowRankLinear)
 
 
 def can_narrow(mlp: nn.Module) -> bool:
-    """Whether a module is a gated MLP of three dense linears: its channels can then be removed, unseen from outside.
+    """Whether a module is a gated MLP of three dense linears, whole: channels can be removed, unseen from outside.
 
     Serving stacks make a bias of channels as long as the architecture says, so there must be none.
     """
     linears = [module for name in (*GATE_UP, DOWN) if isinstance(module := getattr(mlp, name, None), nn.Linear)]
-    if len(linears) < 3 or any(linear.bias is not None for linear in linears[:2]):
+    if getattr(mlp, _MARK, False) or len(linears) < 3 or any(linear.bias is not None for linear in linears[:2]):
         return False
     return formula_of(type(mlp).forward) == FORMULA
 
@@ -83,14 +83,12 @@ def narrowed_shapes(model: nn.Module) -> dict[str, Shape]:
 
 def narrowest_shapes(model: nn.Module) -> list[Shape]:
     """The shapes, (N, K), of the linears of MLPs that can be narrowed and are whole, with as few channels as may be."""
-    before = {path for path, _ in narrowed_mlps(model)}
     shapes: list[Shape] = []
-    for path, mlp in model.named_modules():
-        if path not in before and can_narrow(mlp):
-            outputs, channels = mlp.get_parameter(f"{DOWN}.weight").shape
-            inputs = mlp.get_parameter(f"{GATE_UP[0]}.weight").shape[1]
-            for width in widths_of(channels)[-1:]:
-                shapes += [(width, inputs), (outputs, width)]
+    for mlp in filter(can_narrow, model.modules()):
+        outputs, channels = mlp.get_parameter(f"{DOWN}.weight").shape
+        inputs = mlp.get_parameter(f"{GATE_UP[0]}.weight").shape[1]
+        for width in widths_of(channels)[-1:]:
+            shapes += [(width, inputs), (outputs, width)]
     return shapes
 
 

@@ -24,8 +24,7 @@ def max_positions(model: PreTrainedModel) -> int | None:
 
 def vocabulary_size(model: PreTrainedModel) -> int:
     """The number of logits of a token."""
-    size: int = model.config.get_text_config(decoder=True).vocab_size
-    return size
+    return model.config.get_text_config(decoder=True).vocab_size
 
 
 class Decoder(NamedTuple):

@@ -37,18 +37,12 @@ class QuantizedEmbeddingMethod:
     ) -> None:
         """Create the parameters of the layer; its constructor calls this once."""
         rows, values = sum(output_partition_sizes), VALUES[self.storage.dtype]
-        columns, scales = self.storage.columns(input_size), self.storage.scales(input_size)
-        tensors = {
-            "weight": torch.zeros(rows, columns, dtype=values),
-            "weight_scales": torch.full((rows, scales), torch.nan, dtype=params_dtype),  # NaN: not loaded
-        }
-        stored = {
-            "weight": Spec((layer.org_vocab_size, columns), values),
-            "weight_scales": Spec((layer.org_vocab_size, scales)),
-        }
-        for name, tensor in tensors.items():
+        weight = torch.zeros(rows, self.storage.columns(input_size), dtype=values)
+        scales = torch.full((rows, self.storage.scales(input_size)), torch.nan, dtype=params_dtype)  # NaN: not loaded
+        for name, tensor, stored in (("weight", weight, values), ("weight_scales", scales, None)):
+            spec = Spec((layer.org_vocab_size, tensor.shape[1]), stored)
             parameter: Any = nn.Parameter(tensor, requires_grad=False)
-            parameter.weight_loader = self._loader(f"{self.name}.{name}", stored[name], weight_loader)
+            parameter.weight_loader = self._loader(f"{self.name}.{name}", spec, weight_loader)
             parameter.output_dim = 0
             layer.register_parameter(name, parameter)
         layer.register_buffer("order", torch.arange(rows, dtype=torch.int32), persistent=False)

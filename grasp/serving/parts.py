@@ -56,20 +56,13 @@ class Part:
     A process keeps pivoted factors if it has all rows; else it expands them to U (N, R), exactly, also quantised. If a
     piece of a floating weight has fewer numbers than its factors, the process has that piece. A quantised weight may be
     the Vh of pivoted factors of full rank, whose U has no rows and is not held: the kernels of the CPU take them.
-
-    Attributes:
-        linear: name, rank, form, storage and local rows.
-        width: local columns.
-        columns: the piece of the columns that is local.
-        weight_as_factors: a quantised weight is held as factors.
-        rank_multiple: ranks of floating factors that are not pivoted are padded to it.
     """
 
-    linear: LocalLinear
-    width: int
-    columns: Piece
-    weight_as_factors: bool = False
-    rank_multiple: int = 1
+    linear: LocalLinear  # name, rank, form, storage and local rows
+    width: int  # local columns
+    columns: Piece  # the piece of the columns that is local
+    weight_as_factors: bool = False  # a quantised weight is held as factors
+    rank_multiple: int = 1  # ranks of floating factors that are not pivoted are padded to it
 
     @property
     def low_rank(self) -> bool:

@@ -26,23 +26,15 @@ WHOLE = Piece(0, 1)
 
 
 class LocalLinear(NamedTuple):
-    """The part of a linear of the checkpoint that one process has.
+    """The part of a linear of the checkpoint that one process has."""
 
-    Attributes:
-        name: of the linear in the checkpoint.
-        rank: ``None`` if the linear is dense.
-        widths: local rows of each output; there are several if the checkpoint has q, k and v in one linear.
-        pieces: for each output, the piece of the checkpoint's rows that is local.
-        pivoted: the factors in the checkpoint are pivoted.
-        storage: of its factors or its weight; ``None`` if they are floating.
-    """
-
-    name: str
-    rank: int | None
+    name: str  # of the linear in the checkpoint
+    rank: int | None  # ``None`` if the linear is dense
+    # local rows of each output; there are several if the checkpoint has q, k and v in one linear
     widths: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-    pivoted: bool = False
-    storage: Storage | None = None
+    pieces: tuple[Piece, ...]  # for each output, the piece of the checkpoint's rows that is local
+    pivoted: bool = False  # the factors in the checkpoint are pivoted
+    storage: Storage | None = None  # of its factors or its weight; ``None`` if they are floating
 
     @property
     def rows(self) -> int:

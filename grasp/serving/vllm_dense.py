@@ -47,8 +47,7 @@ class DenseKernel:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., K) → (..., N)."""
-        y: Tensor = self.kernel.apply_weights(self.linear, x)
-        return y
+        return self.kernel.apply_weights(self.linear, x)
 
     def copy_(self, other: DenseKernel) -> None:
         """Take the weight of another kernel; CUDA graphs still find the tensors where they were."""

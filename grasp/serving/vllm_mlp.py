@@ -65,8 +65,7 @@ def _gated(kind: Any) -> Any:
 
         def forward(self, x: Tensor) -> Tensor:
             linear = self.gate_up_proj
-            output: Tensor = self.down_proj(linear.quant_method.gated(linear, x, _activation(self.act_fn)))[0]
-            return output
+            return self.down_proj(linear.quant_method.gated(linear, x, _activation(self.act_fn)))[0]
 
     Gated.__name__, Gated.__qualname__, Gated.__module__ = kind.__name__, kind.__qualname__, kind.__module__
     return Gated

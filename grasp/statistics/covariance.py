@@ -126,12 +126,8 @@ def gather_covariances(
     """Sum x xᵀ of each distinct input and d dᵀ of each linear, in one sweep.
 
     Args:
-        prefix: see ``sweep``; with the local batches of this process.
-        targets: linears of one or more layers.
-        layers: the layers to run, see ``sweep``.
+        prefix: as ``targets``, ``layers``, ``progress`` and ``processes`` for ``gather_scores``.
         outputs: gather B too.
-        progress: called after each batch.
-        processes: the processes whose sums are added up.
         owned: each process gets the sums of the targets that it will decompose, by their position
             (``Processes.owner``), instead of all.
 

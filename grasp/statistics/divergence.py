@@ -26,19 +26,12 @@ STUDENTS = 8  # so many share the logits that are wanted; their hidden states ar
 
 @dataclass(frozen=True)
 class Reference:
-    """The dense model on some batches, which changed models are compared with.
+    """The dense model on some batches, which changed models are compared with."""
 
-    Attributes:
-        prefix: the batches of this process, at layer 0.
-        wanted: for each of them the hidden states after the last layer of the dense model.
-        num_targets: tokens that the model predicts, in all processes together.
-        processes: the processes that share the batches.
-    """
-
-    prefix: Prefix
-    wanted: Sequence[Tensor]
-    num_targets: int
-    processes: Processes
+    prefix: Prefix  # the batches of this process, at layer 0
+    wanted: Sequence[Tensor]  # for each of them the hidden states after the last layer of the dense model
+    num_targets: int  # tokens that the model predicts, in all processes together
+    processes: Processes  # the processes that share the batches
 
     @classmethod
     def of(

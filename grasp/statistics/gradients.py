@@ -83,13 +83,7 @@ def gather_gradients(
 ) -> dict[Target, GradientSum]:
     """Sum the gradient of the negative log-likelihood in the singular values of each target, in one sweep.
 
-    Args:
-        prefix: see ``sweep``; with the local batches of this process.
-        targets: linears of one or more layers.
-        layers: the layers to run, see ``sweep``.
-        progress: called after each batch.
-        state: where the sums are stored and resumed from.
-        processes: the processes whose sums are added up.
+    Arguments are those of ``gather_scores``.
 
     Returns:
         A sum for each target, in fp32 (fp64 for fp64). A target whose output does not reach the loss is left out.

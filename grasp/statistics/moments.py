@@ -50,12 +50,9 @@ def basis_moments(
     """Sum the gradients ``(uₖᵀ d)(xᵀ vₖ)`` in the singular values of any decomposition, in one sweep.
 
     Args:
-        prefix: see ``sweep``; with the local batches of this process.
+        prefix: as ``layers``, ``progress`` and ``processes`` for ``gather_scores``.
         decompositions: of the weight of each linear, in any basis: U (N, R) and Vh (R, K).
-        layers: the layers to run, see ``sweep``.
         second: also sum the squared gradient of each token.
-        progress: called after each batch.
-        processes: the processes whose sums are added up.
 
     Returns:
         ``first`` and ``second`` (``None`` unless asked for), (R,) in the dtype of the decomposition. A target whose

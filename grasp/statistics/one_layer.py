@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +11,6 @@ from grasp.method.least_squares import Moments
 from grasp.statistics.hidden_states import HiddenStates
 from grasp.statistics.sweep import Prefix, alone, recording, run_layers
 from grasp_kernels.products import accumulate_gram_, add_product_, exact_bf16, mirror_, widen
-
-
-class Group(NamedTuple):
-    """Linears that share an input, and how often each is called in a pass."""
-
-    linears: list[nn.Module]
-    calls: int
 
 
 class OneLayer:
@@ -51,8 +43,8 @@ class OneLayer:
                         inputs[linear].append(_joined(parts))
         return inputs, outputs
 
-    def groups(self, linears: Collection[nn.Module], hidden: Tensor) -> list[Group]:
-        """The linears that share an input, in the order of the calls; those that are not called are left out.
+    def groups(self, linears: Collection[nn.Module], hidden: Tensor) -> list[tuple[list[nn.Module], int]]:
+        """The linears that share an input, with the number of their calls, in order; without those that are not called.
 
         Args:
             linears: of the layer.
@@ -65,7 +57,7 @@ class OneLayer:
         groups: dict[tuple[int, ...], list[nn.Module]] = {}
         for linear, parts in inputs.items():
             groups.setdefault(tuple(map(id, parts)), []).append(linear)
-        return [Group(members, len(key)) for key, members in groups.items()]
+        return [(members, len(key)) for key, members in groups.items()]
 
     def add_covariances_(
         self,
@@ -83,7 +75,7 @@ class OneLayer:
         Args:
             sums: fp32 or fp64.
             linear: of the layer as it is.
-            calls: of its ``Group``.
+            calls: of it in a pass.
             before: x, from ``inputs_and_outputs`` before the layer changed.
             hidden: for each batch the hidden states that enter the layer now, (B, L, H).
             visit: called as ``visit(batch, x, x̂)`` with the index of a batch and its tokens, (T, K) of all calls; not

@@ -30,7 +30,7 @@ class Processes:
     """This process among the ones that compress one model; all have the same model, batches and configuration.
 
     The default process group of ``torch.distributed`` connects them. ``ALONE`` is a single process; its methods
-    communicate nothing.
+    communicate nothing. With others, all of them raise a ``DistributedError`` if a process is gone.
 
     Example:
         >>> second_of_two = Processes(rank=1, size=2)
@@ -61,11 +61,7 @@ class Processes:
         return index % self.size
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Add up tensors over the processes, in place, in their own dtype. All get the same bits.
-
-        Raises:
-            DistributedError: if a process is gone.
-        """
+        """Add up tensors over the processes, in place, in their own dtype. All get the same bits."""
         self.reduce_([(tensor, range(self.size)) for tensor in tensors])
 
     def reduce_(self, tensors: Sequence[tuple[Tensor, Collection[int]]]) -> None:
@@ -75,9 +71,6 @@ class Processes:
             tensors: (tensor, ranks); the same shapes and ranks in all processes. A tensor that one process needs is
                 sent to that process alone, and its value in the others is then undefined. A tensor that several
                 processes need is added up in all, which get the same bits.
-
-        Raises:
-            DistributedError: if a process is gone.
         """
         if self.size == 1:
             return
@@ -133,11 +126,7 @@ class Processes:
         return arguments
 
     def least(self, number: int) -> int:
-        """The smallest of the processes' numbers.
-
-        Raises:
-            DistributedError: if a process is gone.
-        """
+        """The smallest of the processes' numbers."""
         result = torch.tensor(number)
         if self.size > 1:
             with self._connected():
@@ -156,27 +145,15 @@ class Processes:
         return stack
 
     def wait_for_all(self) -> None:
-        """Return when all processes have called this; then no one reads the files of an earlier step any more.
-
-        Raises:
-            DistributedError: if a process is gone.
-        """
+        """Return when all processes have called this; then no one reads the files of an earlier step any more."""
         self.least(0)
 
     def from_first(self, text: str) -> str:
-        """The text of the first process.
-
-        Raises:
-            DistributedError: if a process is gone.
-        """
+        """The text of the first process."""
         return text if self.size == 1 else self._broadcast(0, text.encode()).decode()
 
     def require_same(self, what: str, value: str) -> None:
-        """Check that a value is the same in all processes.
-
-        Raises:
-            DistributedError: if a process has another value than the first.
-        """
+        """Check that a value is the same in all processes; if not, a ``DistributedError``."""
         expected = self.from_first(value)
         with self.fail_together():
             if value != expected:

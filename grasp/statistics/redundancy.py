@@ -85,8 +85,7 @@ def block_influence(
             f"the hidden states of layers {layers} are NaN or infinite. Load the model in bfloat16 or float32, or "
             "repair the checkpoint"
         )
-    scores: list[float] = (sums / sum(batch.num_tokens for batch in batches)).tolist()
-    return scores
+    return (sums / sum(batch.num_tokens for batch in batches)).tolist()
 
 
 def cosine_distance(before: Tensor, after: Tensor) -> Tensor:

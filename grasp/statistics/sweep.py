@@ -54,26 +54,17 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Prefix:
-    """What crosses the borders between decoder layers; sweeps over some of the layers start from it.
+    """What crosses the borders between decoder layers; sweeps over some of the layers start from it."""
 
-    Attributes:
-        model: the model; sweeps run it in its present state.
-        batches: the calibration batches.
-        dtype: ``"bfloat16"`` if the model runs in it, ``None`` for the dtype of the model.
-        hidden: layer → for each batch the hidden states at its input, (B, L, H), on the CPU.
-        tuple_length: how many values the decoder layers return; 0 if they return a tensor, no tuple.
-        scratch: where hidden states and gradients are kept.
-        samples_labels: whether gradients are those of tokens drawn from the model's predictions, see ``loss_and_grad``.
-        grads: layer → for each batch the gradient of the summed loss in ``hidden``.
-    """
-
-    model: PreTrainedModel
-    batches: Sequence[CalibrationBatch]
-    dtype: str | None
-    hidden: dict[int, HiddenStates]
-    tuple_length: int
-    scratch: Scratch
+    model: PreTrainedModel  # the model; sweeps run it in its present state
+    batches: Sequence[CalibrationBatch]  # the calibration batches
+    dtype: str | None  # ``"bfloat16"`` if the model runs in it, ``None`` for the dtype of the model
+    hidden: dict[int, HiddenStates]  # layer → for each batch the hidden states at its input, (B, L, H), on the CPU
+    tuple_length: int  # how many values the decoder layers return; 0 if they return a tensor, no tuple
+    scratch: Scratch  # where hidden states and gradients are kept
+    # whether gradients are those of tokens drawn from the model's predictions, see ``loss_and_grad``
     samples_labels: bool = False
+    # layer → for each batch the gradient of the summed loss in ``hidden``
     grads: dict[int, HiddenStates] = field(default_factory=dict)
 
 

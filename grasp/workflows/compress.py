@@ -57,19 +57,12 @@ TOKENS_PER_INPUT = 4  # of the widest linear; a rule of thumb: with fewer tokens
 
 @dataclass(frozen=True)
 class Compression:
-    """A checkpoint that was written, with its report.
+    """A checkpoint that was written, with its report."""
 
-    Attributes:
-        model: the name that was given.
-        output: the checkpoint folder.
-        samples: the calibration sequences; their batch size is a number.
-        report: of ``compress_``, with the request.
-    """
-
-    model: str
-    output: str
-    samples: Samples
-    report: CompressionReport
+    model: str  # the name that was given
+    output: str  # the checkpoint folder
+    samples: Samples  # the calibration sequences; their batch size is a number
+    report: CompressionReport  # of ``compress_``, with the request
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as values that JSON can hold."""
@@ -140,7 +133,12 @@ def compress(
             model, tokenizer = load_quietly(name, dtype=dtype, device=place, progress=progress)
             if processes.sharded:
                 shard_(model, find_device(device), processes)
-            samples = _with_batch_size(model, config, samples, state.batch_size, memory, notify, processes)
+            job = CompressionJob(
+                *(model.config, config, model.dtype, first_device(model), samples.num_samples, samples.seq_len),
+                processes=processes.size,
+                sharded=processes.sharded,
+            )
+            samples = _with_batch_size(model, job, samples, state.batch_size, memory, notify, processes)
             batches, held_out = draw(tokenizer, text, samples, notify)
             kinds = batches_by_kind(model, tokenizer, samples.seq_len, notify)
             for batch in chain(batches, held_out):
@@ -154,7 +152,7 @@ def compress(
             if is_written:
                 state.require_same(request_fingerprint(model, batches, held_out, config, table))
                 return Compression(name, str(target), samples, CompressionReport.load(target))
-            _prepare(model, config, samples, state, memory, host_memory, expect, processes)
+            _prepare(job, int(samples.batch_size), state, memory, host_memory, expect)
             before = losses_by_kind(model, kinds, progress=progress, processes=processes)
             report = compress_(
                 *(model, batches, config),
@@ -180,30 +178,21 @@ def compress(
 
 
 def _prepare(
-    model: PreTrainedModel,
-    config: GraspConfig,
-    samples: Samples,
+    job: CompressionJob,
+    batch_size: int,
     state: RunState,
     memory: int | None,
     host_memory: int | None,
     expect: Callable[[TimeLeft], None],
-    processes: Processes,
 ) -> None:
     """Check that the disk has room for the run folder, and estimate the time of the whole job.
 
     Raises:
         CheckpointError: if it has not.
     """
-    job = CompressionJob(
-        *(model.config, config, model.dtype, first_device(model)),
-        num_samples=samples.num_samples,
-        seq_len=samples.seq_len,
-        processes=processes.size,
-        sharded=processes.sharded,
-    )
     check_budgets(memory, host_memory, on_cpu=job.on_cpu)
     try:
-        cost = estimate(job, int(samples.batch_size), memory=memory, host_memory=host_memory)
+        cost = estimate(job, batch_size, memory=memory, host_memory=host_memory)
     except UnsupportedModelError:
         return  # the layers cannot run without data; everything else about the model is checked by ``compress_``
     stored = sum(path.stat().st_size for path in state.folder.iterdir())
@@ -303,7 +292,7 @@ def check_costs(config: GraspConfig, costs: str | None, processes: Processes = A
 
 def _with_batch_size(
     model: PreTrainedModel,
-    config: GraspConfig,
+    job: CompressionJob,
     samples: Samples,
     resumed: int | None,
     memory: int | None,
@@ -313,14 +302,8 @@ def _with_batch_size(
     """Replace ``batch_size="auto"`` by the batch size of the resumed run, or by the largest that fits."""
     if samples.batch_size != "auto":
         return samples
-    size = resumed or fitting_batch_size(
-        model,
-        config,
-        num_samples=samples.num_samples,
-        seq_len=samples.seq_len,
-        memory=memory,
-        processes=processes,
-    )
+    alone = replace(job, processes=1, sharded=False)
+    size = resumed or fitting_batch_size(model, alone, memory=memory, processes=processes)
     size = processes.least(size)
     notify(f"batch size {size}")
     return replace(samples, batch_size=size)

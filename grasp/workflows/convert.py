@@ -32,24 +32,16 @@ TEXTS = ("README.md", recovery_report.FILE_NAME, *LICENSES)  # of a compressed c
 
 @dataclass(frozen=True)
 class Conversion:
-    """The written checkpoint, beside the one that it was made of.
+    """The written checkpoint, beside the one that it was made of."""
 
-    Attributes:
-        form: of the layers of the result, except those that were left.
-        converted: paths of the layers that had another form.
-        left: path → the reason why a layer keeps the other form.
-        omitted: what is not copied: results of ``grasp evaluate``, for example, which belong to one size, and licences
-            that are no text in UTF-8.
-        before: the given checkpoint.
-        after: the written one.
-    """
-
-    form: str
-    converted: tuple[str, ...]
-    left: Mapping[str, str]
+    form: str  # of the layers of the result, except those that were left
+    converted: tuple[str, ...]  # paths of the layers that had another form
+    left: Mapping[str, str]  # path → the reason why a layer keeps the other form
+    # what is not copied: results of ``grasp evaluate``, for example, which belong to one size, and licences that are no
+    # text in UTF-8
     omitted: tuple[str, ...]
-    before: Inspection
-    after: Inspection
+    before: Inspection  # the given checkpoint
+    after: Inspection  # the written one
 
     def to_dict(self) -> dict[str, Any]:
         """The result as a JSON object."""

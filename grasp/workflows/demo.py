@@ -69,21 +69,13 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Demo:
-    """The result of the demonstration.
+    """The result of the demonstration."""
 
-    Attributes:
-        output: the folder with the checkpoint of best.
-        rows: the table.
-        findings: sentences about the table.
-        conditions: model, device, text and sizes of the measurement.
-        report: of best.
-    """
-
-    output: str
-    rows: tuple[Row, ...]
-    findings: tuple[str, ...]
-    conditions: Mapping[str, Any]
-    report: CompressionReport
+    output: str  # the folder with the checkpoint of best
+    rows: tuple[Row, ...]  # the table
+    findings: tuple[str, ...]  # sentences about the table
+    conditions: Mapping[str, Any]  # model, device, text and sizes of the measurement
+    report: CompressionReport  # of best
 
     def to_dict(self) -> dict[str, Any]:
         """Return all but the report, which has its own file, as values that JSON can hold."""

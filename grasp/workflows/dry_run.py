@@ -30,35 +30,21 @@ from grasp_kernels.roofline import Card
 
 @dataclass(frozen=True)
 class DryRun:
-    """The estimate of a compression.
+    """The estimate of a compression."""
 
-    Attributes:
-        model: its name.
-        output: the folder that the checkpoint would be written to.
-        samples: the calibration sequences; their batch size is a number.
-        device: where the compression would run: a device of this machine, or a card.
-        dtype: of the model's weights.
-        sharded: whether the weights are spread over the processes.
-        estimate: sweeps, FLOPs and memory; of one process.
-        rates: in FLOPs per second: measured on the device, or the peaks of the card.
-        seconds: FLOPs over rates; about the time without loading and saving.
-        memory: the budget of the device, in bytes above the loaded model; ``None``: no limit.
-        host_memory: the budget of CPU memory beside the device, in bytes; ``None``: no limit, or no such memory.
-        free_bytes: free memory of the device now, before the model is loaded; ``None`` for a card.
-    """
-
-    model: str
-    output: str
-    samples: Samples
-    device: str
-    dtype: str
-    sharded: bool
-    estimate: Estimate
-    rates: Rates
-    seconds: float
-    memory: int | None
+    model: str  # its name
+    output: str  # the folder that the checkpoint would be written to
+    samples: Samples  # the calibration sequences; their batch size is a number
+    device: str  # where the compression would run: a device of this machine, or a card
+    dtype: str  # of the model's weights
+    sharded: bool  # whether the weights are spread over the processes
+    estimate: Estimate  # sweeps, FLOPs and memory; of one process
+    rates: Rates  # in FLOPs per second: measured on the device, or the peaks of the card
+    seconds: float  # FLOPs over rates; about the time without loading and saving
+    memory: int | None  # the budget of the device, in bytes above the loaded model; ``None``: no limit
+    # the budget of CPU memory beside the device, in bytes; ``None``: no limit, or no such memory
     host_memory: int | None
-    free_bytes: int | None
+    free_bytes: int | None  # free memory of the device now, before the model is loaded; ``None`` for a card
 
     @property
     def on_card(self) -> bool:

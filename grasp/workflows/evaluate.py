@@ -18,23 +18,14 @@ from grasp.workflows.samples import public_model_name, public_text_name
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The measured quality and size of a model.
+    """The measured quality and size of a model."""
 
-    Attributes:
-        model: its name; of a path the last part.
-        text: name of the text of ``result``; of a path the last part.
-        result: perplexity on the text.
-        size: parameters and bytes.
-        quantized: whether a module of the model is.
-        scores: lm-eval's results, see ``evaluate_tasks``.
-    """
-
-    model: str
-    text: str | None
-    result: PerplexityResult | None
-    size: Size
-    quantized: bool
-    scores: dict[str, Any] | None = None
+    model: str  # its name; of a path the last part
+    text: str | None  # name of the text of ``result``; of a path the last part
+    result: PerplexityResult | None  # perplexity on the text
+    size: Size  # parameters and bytes
+    quantized: bool  # whether a module of the model is
+    scores: dict[str, Any] | None = None  # lm-eval's results, see ``evaluate_tasks``
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as values that JSON can hold; with tasks in lm-eval's format, under the key ``"grasp"``."""

@@ -22,14 +22,11 @@ from grasp.progress import Progress, no_progress, one_step
 
 
 class Exporter(NamedTuple):
-    """A format.
+    """A format."""
 
-    Attributes:
-        write: writes a model, which it may change, and a tokenizer into a folder; its answer is ``Export.note``.
-        packages: that it imports, besides those of grasp; the extra of grasp with the format's name installs them.
-    """
-
+    # writes a model, which it may change, and a tokenizer into a folder; its answer is ``Export.note``
     write: Callable[[PreTrainedModel, PreTrainedTokenizerBase, Path], str]
+    # that it imports, besides those of grasp; the extra of grasp with the format's name installs them
     packages: tuple[str, ...] = ()
 
 
@@ -42,23 +39,14 @@ EXPORTS: Mapping[str, Exporter] = {
 
 @dataclass(frozen=True)
 class Export:
-    """The written files.
+    """The written files."""
 
-    Attributes:
-        model: the given checkpoint.
-        output: the folder.
-        to: a name of ``EXPORTS``.
-        before: bytes of the files of the checkpoint.
-        after: bytes of the written files.
-        note: what became of the low-rank linears.
-    """
-
-    model: str
-    output: str
-    to: str
-    before: int
-    after: int
-    note: str
+    model: str  # the given checkpoint
+    output: str  # the folder
+    to: str  # a name of ``EXPORTS``
+    before: int  # bytes of the files of the checkpoint
+    after: int  # bytes of the written files
+    note: str  # what became of the low-rank linears
 
     def to_dict(self) -> dict[str, Any]:
         """The result as a JSON object."""

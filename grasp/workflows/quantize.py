@@ -40,27 +40,17 @@ ROUNDINGS = (LOSS_AWARE, "nearest")
 
 @dataclass(frozen=True)
 class Quantization:
-    """The written checkpoint, and the model that it was made of.
+    """The written checkpoint, and the model that it was made of."""
 
-    Attributes:
-        model: the name that was given.
-        storage: of the linears in the decoder layers.
-        rounding: one of ``ROUNDINGS``.
-        samples: the calibration sequences; ``None`` for ``"nearest"``, which needs none.
-        before: size of the model.
-        after: the written checkpoint.
-        seconds: time of loading, quantising, measuring and saving.
-        kind_losses: kind of text → nats per token before and after, on text that nothing was calibrated on; {} if the
-            built-in text is not installed.
-    """
-
-    model: str
-    storage: Storage
-    rounding: str
-    samples: Samples | None
-    before: Size
-    after: Inspection
-    seconds: float
+    model: str  # the name that was given
+    storage: Storage  # of the linears in the decoder layers
+    rounding: str  # one of ``ROUNDINGS``
+    samples: Samples | None  # the calibration sequences; ``None`` for ``"nearest"``, which needs none
+    before: Size  # size of the model
+    after: Inspection  # the written checkpoint
+    seconds: float  # time of loading, quantising, measuring and saving
+    # kind of text → nats per token before and after, on text that nothing was calibrated on; {} if the built-in text is
+    # not installed
     kind_losses: Mapping[str, Sequence[float]]
 
     @property

@@ -33,18 +33,13 @@ from grasp.workflows.kinds import batches_by_kind, finite_pairs, losses_by_kind
 class TrainingData:
     """The source of the training sequences.
 
-    Args:
-        text: as for ``read_text``; ``None`` for the built-in one, unless there are ``instructions``.
-        instructions: a file for ``read_instructions``, used instead of a text.
-        seq_len: tokens per sequence.
-
     Raises:
         ValueError: if both a text and instructions are given.
     """
 
-    text: str | None = None
-    instructions: Path | None = None
-    seq_len: int = 512
+    text: str | None = None  # as for ``read_text``; ``None`` for the built-in one, unless there are ``instructions``
+    instructions: Path | None = None  # a file for ``read_instructions``, used instead of a text
+    seq_len: int = 512  # tokens per sequence
 
     def __post_init__(self) -> None:
         if self.text is not None and self.instructions is not None:

@@ -19,22 +19,14 @@ from grasp.progress import Notify, no_notify
 
 @dataclass(frozen=True)
 class Samples:
-    """Which sequences are drawn from which text.
+    """Which sequences are drawn from which text."""
 
-    Attributes:
-        source: a text as ``grasp.calibration.read_text`` takes it.
-        num_samples: number of sequences.
-        seq_len: tokens per sequence.
-        batch_size: sequences per forward pass; ``"auto"`` for the largest that fits
-            (``grasp.compression.batch_size``).
-        seed: selects the sequences.
-    """
-
-    source: str = BUILTIN
-    num_samples: int = 128
-    seq_len: int = 512
+    source: str = BUILTIN  # a text as ``grasp.calibration.read_text`` takes it
+    num_samples: int = 128  # number of sequences
+    seq_len: int = 512  # tokens per sequence
+    # sequences per forward pass; ``"auto"`` for the largest that fits (``grasp.compression.batch_size``)
     batch_size: int | Literal["auto"] = 1
-    seed: int = 0
+    seed: int = 0  # selects the sequences
 
     def __str__(self) -> str:
         text = self.source if self.source in NAMED_TEXTS else "a text file"

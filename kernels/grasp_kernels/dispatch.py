@@ -43,15 +43,6 @@ class OpCall(NamedTuple):
     weights: frozenset[str] = frozenset()  # the quantised forms that factors have: "int8", "int4", "fp8"
 
 
-class DirectPath(NamedTuple):
-    """Compiled ops of a backend that run a small call without PyTorch's dispatcher, which takes 3 to 6 µs."""
-
-    ops: tuple[str, ...]
-    rows: Mapping[torch.dtype, int]  # most rows of x for "auto"
-    groups: int  # most factors in one call
-    dimensions: int  # most of x
-
-
 @dataclass(frozen=True)
 class Backend:
     """One row of the table. Each function returns a reason, or ``None`` if it has none.
@@ -65,7 +56,6 @@ class Backend:
     missing: Callable[[], str | None]
     refuses: Callable[[OpCall], str | None]  # a pure function: its answers are cached by ``bucket``
     avoids: Callable[[OpCall], str | None]  # a pure function: its answers are cached by ``bucket``
-    direct: DirectPath | None = None
 
 
 def _nothing(*_: object) -> None:
@@ -148,11 +138,11 @@ def _triton_avoids(call: OpCall) -> str | None:
     if call.op != "singular_value_grad":
         return None
     slower = _load(".gradient_configs:slower")
-    reason: str | None = slower(call.device, call.rows, call.rank, call.dtype)
-    return reason
+    return slower(call.device, call.rows, call.rank, call.dtype)
 
 
 # Most rows of x for which the CPU kernels are not slower than PyTorch's matrix products, measured with AVX-512.
+DIRECT_GROUPS, DIRECT_DIMENSIONS = 8, 8  # MOST_GROUPS and MOST_DIMENSIONS in csrc/direct.h
 CPU_ROWS = {torch.float32: 32, torch.float16: 32, torch.bfloat16: 64}
 CPU_ROWS_QUANTIZED = {torch.float32: 128, torch.float16: 256, torch.bfloat16: 256}  # PyTorch dequantises first
 
@@ -184,12 +174,6 @@ _CPU_FUNCTIONS = {
     "lowrank_glu": ".cpu:lowrank_glu",
     "singular_value_grad": ".routes:chunked",
 }
-_CPU_DIRECT = DirectPath(
-    ops=LINEARS,
-    rows=CPU_ROWS,
-    groups=8,  # MOST_GROUPS in csrc/direct.h
-    dimensions=8,  # MOST_DIMENSIONS there
-)
 _CUDA_FUNCTIONS = dict.fromkeys(LINEARS, ".cuda:run")
 _TRITON_FUNCTIONS = {
     **dict.fromkeys(LINEARS, ".triton.lowrank_linear:lowrank_linear_grouped"),
@@ -202,7 +186,7 @@ _REFERENCE_FUNCTIONS = {op: ".reference:lowrank_linear_grouped" if op in LINEARS
 BACKENDS: tuple[Backend, ...] = (
     Backend("cuda", _CUDA_FUNCTIONS, missing=_cuda_missing, refuses=_cuda_refuses, avoids=_cuda_avoids),
     Backend("triton", _TRITON_FUNCTIONS, missing=_triton_missing, refuses=_triton_refuses, avoids=_triton_avoids),
-    Backend("cpu", _CPU_FUNCTIONS, missing=_cpu_missing, refuses=_cpu_refuses, avoids=_cpu_avoids, direct=_CPU_DIRECT),
+    Backend("cpu", _CPU_FUNCTIONS, missing=_cpu_missing, refuses=_cpu_refuses, avoids=_cpu_avoids),
     Backend("chunked", _CHUNKED_FUNCTIONS, _nothing, _nothing, _nothing),
     Backend("reference", _REFERENCE_FUNCTIONS, _nothing, _nothing, _nothing),
 )
@@ -389,18 +373,18 @@ def chosen_row(call: OpCall) -> Backend:
 
 def _explain_path(row: Backend, call: OpCall, groups: int) -> str:
     """The path of a call that ``"auto"`` gives to ``row``."""
-    if row.direct is None:
+    if row.name != "cpu":
         return f"registered op: {row.name} has no direct path"
-    if call.op not in row.direct.ops:
-        return f"registered op: the direct path of {row.name} has no {call.op}"
-    if call.rows > (most := row.direct.rows[call.dtype]):
+    if call.op not in LINEARS:
+        return f"registered op: the direct path of cpu has no {call.op}"
+    if call.rows > (most := CPU_ROWS[call.dtype]):
         return f"registered op: the direct path takes at most {most} rows of {call.dtype}, not {call.rows}"
-    if groups > row.direct.groups:
-        return f"registered op: the direct path takes at most {row.direct.groups} groups, not {groups}"
+    if groups > DIRECT_GROUPS:
+        return f"registered op: the direct path takes at most {DIRECT_GROUPS} groups, not {groups}"
     return (
         "direct: compiled, without PyTorch's dispatcher, unless a gradient is recorded, autocast, a mode, a transform "
         "or a tracer is active, the kernel cannot read a tensor in place, or x has more than "
-        f"{row.direct.dimensions} dimensions"
+        f"{DIRECT_DIMENSIONS} dimensions"
     )
 
 

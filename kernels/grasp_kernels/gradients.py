@@ -14,32 +14,24 @@ from .reference import ACTIVATIONS, Dense, Factors, accumulation_dtype, equal_sa
 FIELDS = len(Factors._fields)
 
 
-def regroup(columns: Sequence[Sequence[Tensor]], present: Sequence[bool]) -> list[Factors]:
-    """The list of factors, rebuilt from the arguments of the op ``grasp::lowrank_linear_grouped``.
+def to_members(columns: Sequence[Sequence[Tensor]], present: Sequence[bool], *, dense: bool = True) -> list[Any]:
+    """The members of a group, rebuilt from the arguments of a registered op: ``Factors``, and ``Dense`` without Vh.
 
     Args:
-        columns: the fields of ``Factors`` of all groups, without the absent ones.
-        present: for each group, which of the fields it has.
+        columns: the fields of ``Factors`` of all members, without the absent ones; U is the weight of a dense one.
+        present: for each member, which of the fields it has.
+        dense: whether a member may be dense.
 
     Raises:
-        ValueError: if there is no group, a group lacks U or Vh, or a list has not one tensor for each that is present.
+        ValueError: if there is no member, one has other fields, or a list has not one tensor for each that is present.
     """
-    members = to_members(columns, present)
-    factors = [member for member in members if isinstance(member, Factors)]
-    if len(factors) < len(members):
-        raise ValueError(f"present must tell that each group has U and Vh, got {list(present)}")
-    return factors
-
-
-def to_members(columns: Sequence[Sequence[Tensor]], present: Sequence[bool]) -> list[Factors | Dense]:
-    """As ``regroup``, from the arguments of ``grasp::lowrank_linear_merged``: what has no Vh is dense, U its weight."""
     given = [len(column) for column in columns]
     groups = [tuple(present[i : i + FIELDS]) for i in range(0, len(present), FIELDS)]
     needed = [sum(present[i::FIELDS]) for i in range(FIELDS)]
-    if not groups or given != needed or not all(_is_member(group) for group in groups):
+    if not groups or given != needed or not all(_is_member(group, dense) for group in groups):
         raise ValueError(
-            f"present must tell of each group which of {', '.join(Factors._fields)} it has: U, and Vh unless it is "
-            f"dense. The lists must have one tensor for each; got {list(present)} and lists of "
+            f"present must tell of each group which of {', '.join(Factors._fields)} it has: U and Vh"
+            f"{', a dense one U' * dense}. The lists must have one tensor for each; got {list(present)} and lists of "
             f"{', '.join(map(str, given))}"
         )
     remaining = [iter(column) for column in columns]
@@ -51,9 +43,10 @@ def to_members(columns: Sequence[Sequence[Tensor]], present: Sequence[bool]) -> 
     return members
 
 
-def _is_member(present: tuple[bool, ...]) -> bool:
+def _is_member(present: tuple[bool, ...], dense: bool) -> bool:
     """Whether a group can have these fields of ``Factors``; a dense one has U and perhaps a bias."""
-    return len(present) == FIELDS and present[0] and (present[2] or not (present[1] or any(present[4:])))
+    lone = dense and not (present[1] or any(present[4:]))
+    return len(present) == FIELDS and present[0] and (present[2] or lone)
 
 
 def _factor_grads(

@@ -244,18 +244,6 @@ def on_path(config: Config, path: str, key: LaunchKey) -> Config:
     return replace(config, path=path, reduce=config.splits > 1, expand_block_n=16, expand_warps=8, stages=stages)
 
 
-class Blocks(NamedTuple):
-    """The part of a configuration that the estimate depends on."""
-
-    block_r: int  # of the shrink
-    block_k: int
-    stages: int
-    splits: int
-    reduce: bool
-    block_n: int  # of the expand
-    warps: int
-
-
 class Estimate(NamedTuple):
     """µs of a pair, from start to end."""
 
@@ -263,17 +251,17 @@ class Estimate(NamedTuple):
     chained: float  # after and before another pair, if its launches are dependent
 
 
-def estimate(key: LaunchKey, blocks: Blocks, gpu: Gpu, members: int) -> Estimate:
+def estimate(key: LaunchKey, config: Config, gpu: Gpu, members: int) -> Estimate:
     """The time of a pair: its starts, then the slowest of memory, cache and waiting for loads.
 
-    Every program of the shrink reads ``block_r + rows`` rows of ``K / splits`` elements, and stores ``rows * block_r``
-    sums in fp32. Every program of the expand reads ``block_n`` rows of U and all of h: ``rows * R`` elements, or in
-    fp32 once for each split if nobody reduces them. A dependent expand requests U while the shrink works. The outputs
-    that h gives are left out.
+    Every program of the shrink reads ``shrink_block_r + rows`` rows of ``K / splits`` elements, and stores
+    ``rows * shrink_block_r`` sums in fp32. Every program of the expand reads ``expand_block_n`` rows of U and all of h:
+    ``rows * R`` elements, or in fp32 once for each split if nobody reduces them. A dependent expand requests U while
+    the shrink works. The outputs that h gives are left out.
 
     Args:
         key: the call.
-        blocks: the configuration.
+        config: of the pair.
         gpu: its processors, and whether launches may start before the launch before them ends.
         members: members of the group whose outputs a program of the expand does not share.
     """
@@ -282,29 +270,29 @@ def estimate(key: LaunchKey, blocks: Blocks, gpu: Gpu, members: int) -> Estimate
     size, processors = 4 if dtype == "float32" else 2, gpu.processors
     memory, cache, port = _speeds(gpu)
     member_rank, row_block = -(-rank // members), min(rows, ROW_BLOCK)
-    row_tiles, span = -(-rows // row_block), -(-in_features // blocks.splits)
+    row_tiles, span = -(-rows // row_block), -(-in_features // config.splits)
 
     def moving(programs: int, program_bytes: float) -> float:
         busiest = -(-programs // processors) * program_bytes / port
         return max(programs * program_bytes / (processors * cache), busiest)
 
-    programs = row_tiles * blocks.splits * -(-rank // blocks.block_r)
-    sums = row_block * blocks.block_r * 4
-    traffic = moving(programs, (blocks.block_r + row_block) * span * size + sums)
-    trips = max(1.0, span / ((blocks.stages - 1) * blocks.block_k))
-    tail = REDUCE_TAIL + blocks.splits * sums / port if blocks.reduce else 0.0
+    programs = row_tiles * config.splits * -(-rank // config.shrink_block_r)
+    sums = row_block * config.shrink_block_r * 4
+    traffic = moving(programs, (config.shrink_block_r + row_block) * span * size + sums)
+    trips = max(1.0, span / ((config.stages - 1) * config.shrink_block_k))
+    tail = REDUCE_TAIL + config.splits * sums / port if config.reduce else 0.0
     vh, u = (count * member_rank * size / (processors * memory) for count in (in_features * members, width))
-    programs = row_tiles * max(1, -(-width // blocks.block_n))  # no row of U is left if all outputs are pivots
-    hidden = row_block * member_rank * (size if blocks.reduce else 4 * blocks.splits)
-    hits = max(1.0, hidden / (REQUESTED * 32 * blocks.warps)) * HIT
+    programs = row_tiles * max(1, -(-width // config.expand_block_n))  # no row of U is left if all outputs are pivots
+    hidden = row_block * member_rank * (size if config.reduce else 4 * config.splits)
+    hits = max(1.0, hidden / (REQUESTED * 32 * config.expand_warps)) * HIT
     shrink = max(traffic, vh, trips * LATENCY) + tail
     if not gpu.dependent_launch:
-        u_bytes = blocks.block_n * member_rank * size
+        u_bytes = config.expand_block_n * member_rank * size
         return Estimate(2 * START + shrink + max(moving(programs, u_bytes + hidden), u, LATENCY, hits), math.inf)
-    bytes_of_y = max(16, row_block) * blocks.block_n * 4
-    column = ((1 + (pivots > 0)) * max(16, row_block) + blocks.block_n) * size  # of h, also as outputs, and U
-    ahead = max(1, (REGISTER_BYTES * 32 * blocks.warps - bytes_of_y) // (column * PIECE)) * PIECE
-    held = bytes_of_y + column * min(ahead, member_rank) + OVERHEAD * 32 * blocks.warps
+    bytes_of_y = max(16, row_block) * config.expand_block_n * 4
+    column = ((1 + (pivots > 0)) * max(16, row_block) + config.expand_block_n) * size  # of h, also as outputs, and U
+    ahead = max(1, (REGISTER_BYTES * 32 * config.expand_warps - bytes_of_y) // (column * PIECE)) * PIECE
+    held = bytes_of_y + column * min(ahead, member_rank) + OVERHEAD * 32 * config.expand_warps
     started = processors * max(1, REGISTER_FILE // held)  # before the others end
     late = u * (1 - min(1.0, ahead / member_rank) * min(1.0, started / programs))
     loops = max(0, member_rank - ahead) / PIECE * HIT * (rows > 2)  # with a dot, each step waits for its part of h
@@ -351,38 +339,26 @@ def rule_of_thumb(kernel: str, key: LaunchKey, gpu: Gpu) -> Config:
     members = 1 if gated else groups  # a program of the dual expand computes with both members
     outputs = key._replace(width=width // groups, pivots=pivots // groups) if gated else key
 
-    def time(blocks: Blocks) -> tuple[float, float]:
-        this = estimate(outputs, blocks, gpu, members)
-        return this.alone + (this.chained if gpu.dependent_launch else 0.0), this.alone
+    def time(config: Config) -> tuple[float, ...]:
+        this = estimate(outputs, config, gpu, members)
+        both = this.alone + (this.chained if gpu.dependent_launch else 0.0)
+        size = (config.shrink_block_r, config.stages, config.splits, config.expand_block_n, config.expand_warps)
+        return both, this.alone, *size  # of equal times the smallest
 
-    (_, alone), blocks = min((time(blocks), blocks) for blocks in _candidates(key, gpu, gated=gated))
-    slower = not (gated or full_precision) and alone > products_estimate(key, gpu)
-    piece = 1024 * blocks.warps // blocks.block_n if rows <= 16 else 64  # columns of U per step
-    piece >>= gated + (0 if not full_precision else 1 if rows <= 2 else 2)
-    return Config(
-        path="gemms" if slower else "pair",  # the blocks are where a measurement of the pair starts
-        block_m=ROW_BLOCK,
-        shrink_block_r=blocks.block_r,
-        shrink_block_k=blocks.block_k,
-        splits=blocks.splits,
-        shrink_warps=4,
-        reduce=blocks.reduce,
-        expand_block_n=blocks.block_n,
-        expand_block_r=max(16, min(piece, _power_of_two(-(-rank // groups)))),
-        expand_warps=blocks.warps,
-        stages=blocks.stages,
-    )
+    config = min(_candidates(key, gpu, gated=gated), key=time)
+    slower = not (gated or full_precision) and time(config)[1] > products_estimate(key, gpu)
+    return replace(config, path="gemms") if slower else config  # its blocks are where a measurement of the pair starts
 
 
-def _candidates(key: LaunchKey, gpu: Gpu, *, gated: bool) -> Iterator[Blocks]:
-    """Blocks whose tiles fit the registers and the shared memory."""
-    rows, width, in_features, _, dtype, groups, _ = key
+def _candidates(key: LaunchKey, gpu: Gpu, *, gated: bool) -> Iterator[Config]:
+    """Pairs whose tiles fit the registers and the shared memory."""
+    rows, width, in_features, rank, dtype, groups, _ = key
     full_precision, scalar = dtype == "float32", rows <= 2
     many, size = rows > 16 and not full_precision, 4 if full_precision else 2
     few = rows <= UNREDUCED_ROWS and not full_precision and not gated
     block_k = min(128 if many else 256, max(16, _power_of_two(in_features))) >> full_precision
     widest = max(16, _power_of_two(width // groups))
-    expands = [(32, 4)]  # block_n and warps
+    expands = [(32, 4)]  # outputs and warps
     if not (scalar or gated or full_precision):
         expands += [(64, 4), (64, 8), (128, 8)] if many else [(64, 4), (128, 8)]
     for block_r in (16, 32, 64) if many else (16,) if scalar or full_precision else (16, 32):
@@ -394,8 +370,23 @@ def _candidates(key: LaunchKey, gpu: Gpu, *, gated: bool) -> Iterator[Blocks]:
             fitting = (SHARED_WIDE if gpu.warpgroup_dots else SHARED) // tile
             stages = max(4 if scalar else 3, min(MOST_STAGES, deep, fitting))
             reduce = splits > 1 and not (scalar or few)
-            for block_n, warps in expands:
-                yield Blocks(block_r, block_k, stages, splits, reduce, min(block_n, widest), warps)
+            for outputs, warps in expands:
+                block_n = min(outputs, widest)
+                piece = 1024 * warps // block_n if rows <= 16 else 64  # columns of U per step
+                piece >>= gated + (0 if not full_precision else 1 if scalar else 2)
+                yield Config(
+                    path="pair",
+                    block_m=ROW_BLOCK,
+                    shrink_block_r=block_r,
+                    shrink_block_k=block_k,
+                    splits=splits,
+                    shrink_warps=4,
+                    reduce=reduce,
+                    expand_block_n=block_n,
+                    expand_block_r=max(16, min(piece, _power_of_two(-(-rank // groups)))),
+                    expand_warps=warps,
+                    stages=stages,
+                )
 
 
 def _power_of_two(number: int) -> int:

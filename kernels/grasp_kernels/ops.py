@@ -161,8 +161,7 @@ def lowrank_linear_merged(x: Tensor, factors: Sequence[Factors | Dense], *, back
     """
     if not is_dynamo_compiling() and (joined := registered.merged_directly(x, factors, backend)) is not None:
         return joined  # a few rows on a CPU: cheaper than to pass places for them
-    y: Tensor = _run_group("lowrank_linear_merged", x, to_members("lowrank_linear_merged", factors), backend)
-    return y
+    return _run_group("lowrank_linear_merged", x, to_members("lowrank_linear_merged", factors), backend)
 
 
 def lowrank_glu(x: Tensor, gate: Factors, up: Factors, *, activation: str = "silu", backend: str = "auto") -> Tensor:

@@ -115,8 +115,7 @@ def lowrank_linear_merged(x: Tensor, members: Sequence[Factors | Dense], backend
 def _run_grouped(x: Tensor, factors: Sequence[Factors], backend: str, *outputs: Sequence[Tensor]) -> list[Tensor]:
     factors = [widened(group) for group in factors]
     run = _select(backend, "lowrank_linear_grouped", x, *factors)
-    results: list[Tensor] = run(_rows(x), factors, *outputs)
-    return results
+    return run(_rows(x), factors, *outputs)
 
 
 def lowrank_glu(x: Tensor, gate: Factors, up: Factors, activation: str, backend: str) -> Tensor:
@@ -188,15 +187,8 @@ def _check_lowrank_linear(x: Tensor, *args: Any) -> tuple[Any, ...]:
     return x, *args
 
 
-def _check_lowrank_linear_grouped(x: Tensor, *args: Any) -> tuple[Any, ...]:
-    groups = gradients.regroup(args[:FIELDS], args[FIELDS])
-    for group in groups:
-        check_factors(x, *group)
-    return x, groups, args[FIELDS + 1]
-
-
-def _check_lowrank_linear_merged(x: Tensor, *args: Any) -> tuple[Any, ...]:
-    members = gradients.to_members(args[:FIELDS], args[FIELDS])
+def _check_members(x: Tensor, *args: Any, dense: bool) -> tuple[Any, ...]:
+    members = gradients.to_members(args[:FIELDS], args[FIELDS], dense=dense)
     for member in members:
         check_member(x, member)
     return x, members, args[FIELDS + 1]
@@ -246,14 +238,14 @@ _OPS = {
         gradients.lowrank_linear_backward,
     ),
     "lowrank_linear_grouped": _Op(
-        _check_lowrank_linear_grouped,
+        functools.partial(_check_members, dense=False),
         lowrank_linear_grouped,
         _lowrank_linear_grouped_fake,
         gradients.lowrank_linear_grouped_setup,
         gradients.lowrank_linear_grouped_backward,
     ),
     "lowrank_linear_merged": _Op(
-        _check_lowrank_linear_merged,
+        functools.partial(_check_members, dense=True),
         lowrank_linear_merged,
         _lowrank_linear_merged_fake,
         gradients.lowrank_linear_grouped_setup,
@@ -277,7 +269,7 @@ _OPS = {
 
 
 def _grouped_directly(x: Tensor, *args: Any) -> list[Tensor] | None:
-    outputs = direct.grouped(x, gradients.regroup(args[:FIELDS], args[FIELDS]), args[FIELDS + 1])
+    outputs = direct.grouped(x, gradients.to_members(args[:FIELDS], args[FIELDS], dense=False), args[FIELDS + 1])
     return None if outputs is None else list(outputs)
 
 

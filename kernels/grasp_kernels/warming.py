@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import registered  # noqa: F401  makes the ops
@@ -18,28 +19,17 @@ _OPS = [
 ]
 
 
-class _Call(NamedTuple):
-    op: Callable[..., Any]
-    in_features: int
-    dtype: torch.dtype
-    device: torch.device
-    arguments: tuple[Any, ...]  # without x
-
-    def run(self, rows: int) -> None:
-        self.op(torch.zeros(rows, self.in_features, dtype=self.dtype, device=self.device), *self.arguments)
-
-
 class _Recorder(TorchDispatchMode):
     """Records the low-rank calls that are made while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[_Call] = []
+        self.calls: list[tuple[Any, Tensor, list[Any]]] = []  # op, (0, K) in the place of x, and the other arguments
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _OPS:
             x, *rest = args
-            self.calls.append(_Call(func, x.shape[-1], x.dtype, x.device, tuple(rest)))
+            self.calls.append((func, x.new_empty(0, x.shape[-1]), rest))
         return func(*args, **(kwargs or {}))
 
 
@@ -71,6 +61,6 @@ def warm_up(model: Callable[..., object], *inputs: object, rows: Iterable[int] =
         raise ValueError(f"rows must be at least 1, got {rows[0]}")
     with _Recorder() as recorder:
         model(*inputs)
-    for call in recorder.calls:
-        for count in rows if call.device.type != "cpu" or call.arguments[-1] != "auto" else ():
-            call.run(count)
+    for op, empty, arguments in recorder.calls:
+        for count in rows if not empty.is_cpu or arguments[-1] != "auto" else ():
+            op(empty.new_zeros(count, empty.shape[1]), *arguments)

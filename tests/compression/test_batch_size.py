@@ -110,13 +110,14 @@ def test_a_trial_leaves_the_model_as_it_was(config: GraspConfig) -> None:
 
 def test_a_batch_size_for_a_model_comes_from_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = tiny_model("llama"), GraspConfig(layers=(1,))
-    taken = estimate(CompressionJob(model.config, config, model.dtype, CPU, 8, 128), 2).memory
+    job = CompressionJob(model.config, config, model.dtype, CPU, 8, 128)
+    taken = estimate(job, 2).memory
     needs = taken.peak - taken.hidden_states
     monkeypatch.setattr(batch_size, "free_bytes", lambda device: needs / FREE_FRACTION + 1)
-    assert fitting_batch_size(model, config, num_samples=8, seq_len=128) == 2
-    assert fitting_batch_size(model, config, num_samples=8, seq_len=128, memory=2 * needs) > 2
+    assert fitting_batch_size(model, job) == 2
+    assert fitting_batch_size(model, job, memory=2 * needs) > 2
     monkeypatch.setattr(batch_size, "free_bytes", lambda device: 2 * needs / FREE_FRACTION + 2)
-    assert fitting_batch_size(model, config, num_samples=8, seq_len=128, processes=Processes(0, 2)) == 2
+    assert fitting_batch_size(model, job, processes=Processes(0, 2)) == 2
 
 
 def test_the_memory_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ def without_planning(monkeypatch: pytest.MonkeyPatch) -> None:
     """One span for each sweep: planning runs layers without data, whose FLOPs would be counted."""
 
     def budget(model: Any, batches: Any, config: GraspConfig, targets: Any, **options: Any) -> MemoryBudget:
-        return MemoryBudget(None, config, 0, model.dtype, 0, 0, None)
+        return MemoryBudget(None, 0, None)
 
     monkeypatch.setattr(MemoryBudget, "of", budget)
 

@@ -21,6 +21,7 @@ from grasp.bench.memory import peak_bytes_above_now
 from grasp.method.least_squares import Moments, Products, fit_weight, least_squares, sampled_rows
 from grasp.method.pivoting import pivot
 from grasp.method.rounding import round_to_outputs
+from grasp.method.storage import Storage
 from grasp.method.svd import decompose_in
 
 torch.set_num_threads(1)
@@ -34,7 +35,7 @@ for operation, (n, k), rank in json.loads(sys.argv[1]):
     call = {
         "least_squares": lambda: least_squares(U, Vh, W, Moments(inputs, inputs, 1000), half),
         "pivot": lambda: pivot(U, Vh),
-        "rounding": lambda: round_to_outputs(carried(narrow.float()), inputs, 4, 64),
+        "rounding": lambda: round_to_outputs(carried(narrow.float()), inputs, Storage(4, 64)),
         "inputs": lambda: decompose_in(W, inputs, None, rank=rank),
         "outputs": lambda: decompose_in(W, None, outputs, rank=rank),
         "none": lambda: decompose_in(narrow, None, None),

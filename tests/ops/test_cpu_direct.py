@@ -31,7 +31,7 @@ from grasp_kernels import (
     singular_value_grad,
 )
 from grasp_kernels import direct as direct_path
-from grasp_kernels.dispatch import CPU_ROWS, backend_missing
+from grasp_kernels.dispatch import CPU_ROWS, DIRECT_DIMENSIONS, DIRECT_GROUPS, backend_missing
 from grasp_kernels.extension import DTYPE_CODES
 from tests.ops.inputs import DTYPES, factors, normal, seeded
 
@@ -40,7 +40,6 @@ if (reason := backend_missing("cpu")) is not None:
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 K, N, R = 40, 24, 6
-DIRECT = next(row.direct for row in dispatch.BACKENDS if row.direct is not None)
 
 
 def operands(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (1, K)) -> tuple[Tensor, Factors]:
@@ -171,7 +170,7 @@ UNUSUAL: dict[str, Callable[..., tuple[Any, ...]]] = {
     "no ranks": lambda x, U, s, Vh, *rest: (x, U[:, :0], s[:0], Vh[:0], *rest),
     "no U": lambda x, U, *rest: (x, None, *rest),
     "no tensor": lambda x, *group: (x.tolist(), *group),
-    "too many dimensions": lambda x, *group: (x[(None,) * (DIRECT.dimensions - 1)], *group),
+    "too many dimensions": lambda x, *group: (x[(None,) * (DIRECT_DIMENSIONS - 1)], *group),
 }
 
 
@@ -280,7 +279,7 @@ def test_explain_agrees_with_what_runs_on_both_sides_of_the_limits(selections: l
     for rows in (0, 1, most, most + 1):
         for op in dispatch.OPS:
             check_explanation(selections, op, rows, dtype)
-        for groups in (DIRECT.groups, DIRECT.groups + 1):
+        for groups in (DIRECT_GROUPS, DIRECT_GROUPS + 1):
             check_explanation(selections, "lowrank_linear_grouped", rows, dtype, groups)
 
 
@@ -318,14 +317,14 @@ def test_malformed_calls_are_declined() -> None:
 
 def test_more_groups_than_the_direct_path_takes_give_the_same_outputs() -> None:
     x, group = operands()
-    outputs = lowrank_linear_grouped(x, [group] * (DIRECT.groups + 1))
+    outputs = lowrank_linear_grouped(x, [group] * (DIRECT_GROUPS + 1))
     assert all(torch.equal(y, lowrank_linear(x, *group)) for y in outputs)
 
 
 def test_x_may_have_as_many_dimensions_as_the_table_says() -> None:
     x, group = operands()
-    assert direct(x[(None,) * (DIRECT.dimensions - 2)], *group) is not None
-    assert f"more than {DIRECT.dimensions} dimensions" in explain("lowrank_linear", rows=1, rank=R)["path"]
+    assert direct(x[(None,) * (DIRECT_DIMENSIONS - 2)], *group) is not None
+    assert f"more than {DIRECT_DIMENSIONS} dimensions" in explain("lowrank_linear", rows=1, rank=R)["path"]
 
 
 @pytest.fixture

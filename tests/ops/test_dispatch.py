@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from grasp_kernels import BackendUnavailableError, available_backends, dispatch, explain, lowrank_linear
-from grasp_kernels.dispatch import BACKENDS, OPS, Backend, DirectPath, OpCall
+from grasp_kernels.dispatch import BACKENDS, CPU_ROWS, DIRECT_GROUPS, OPS, Backend, OpCall
 
 CALL = ("lowrank_linear", torch.device("cpu"), torch.float32, 4, 2)
 asked: list[str] = []
@@ -163,16 +162,17 @@ def test_explain_says_which_row_runs_and_why_the_others_do_not(table: pytest.Mon
 
 
 def test_explain_says_why_a_call_does_not_take_the_direct_path(table: pytest.MonkeyPatch) -> None:
-    rows = {torch.float32: 4}
-    path = DirectPath(ops=("lowrank_linear_grouped",), rows=rows, groups=2, dimensions=3)
-    use(table, replace(row("fast"), direct=path))
-    answers = [explain("lowrank_linear_grouped", rows=4, rank=2, groups=groups)["path"] for groups in (2, 3)]
+    use(table, row("cpu"))
+    most, groups = CPU_ROWS[torch.float32], DIRECT_GROUPS
+    answers = [
+        explain("lowrank_linear_grouped", rows=most, rank=2, groups=each)["path"] for each in (groups, groups + 1)
+    ]
     answers.append(explain("lowrank_glu", rows=4, rank=2)["path"])
-    answers.append(explain("lowrank_linear_grouped", rows=5, rank=2)["path"])
+    answers.append(explain("lowrank_linear_grouped", rows=most + 1, rank=2)["path"])
     assert [answer.partition(":")[0] for answer in answers] == ["direct", *["registered op"] * 3]
-    assert "at most 2 groups, not 3" in answers[1]
-    assert "of fast has no lowrank_glu" in answers[2]
-    assert "at most 4 rows of torch.float32, not 5" in answers[3]
+    assert f"at most {groups} groups, not {groups + 1}" in answers[1]
+    assert "of cpu has no lowrank_glu" in answers[2]
+    assert f"at most {most} rows of torch.float32, not {most + 1}" in answers[3]
 
 
 def test_explain_agrees_with_auto() -> None:

@@ -190,12 +190,15 @@ def test_a_tensor_shared_by_two_groups_gets_the_sum() -> None:
     torch.testing.assert_close(double, 2 * single, rtol=0, atol=1e-12)
 
 
-def test_regroup_undoes_the_columns() -> None:
+def test_members_are_rebuilt_from_the_columns() -> None:
     U, s, Vh, bias, U2, Vh2 = (torch.tensor(float(i)) for i in range(6))
     order = torch.arange(2)
     columns = [[U, U2], [s], [Vh, Vh2], [bias], [order], [], []]
     present = [True, True, True, True, *[False] * 3, True, False, True, False, True, False, False]
-    assert gradients.regroup(columns, present) == [Factors(U, s, Vh, bias), Factors(U2, None, Vh2, None, order)]
+    assert gradients.to_members(columns, present, dense=False) == [
+        Factors(U, s, Vh, bias),
+        Factors(U2, None, Vh2, None, order),
+    ]
 
 
 @pytest.mark.parametrize("moment", [None, "token", "sample"])

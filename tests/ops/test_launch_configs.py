@@ -12,7 +12,6 @@ pytest.importorskip("triton")
 
 from grasp_kernels import launch_configs
 from grasp_kernels.launch_configs import (
-    Blocks,
     Config,
     LaunchKey,
     distance,
@@ -160,12 +159,22 @@ def test_the_rule_of_thumb_is_valid_at_any_size(kernel: str, dtype: str, capabil
 
 
 GATE_UP = KEY._replace(width=2 * 11008, rank=2 * 304, groups=2)
-BLOCKS = Blocks(block_r=32, block_k=128, stages=3, splits=4, reduce=True, block_n=32, warps=4)
+BLOCKS = replace(
+    CONFIG,
+    path="pair",
+    shrink_block_r=32,
+    shrink_block_k=128,
+    stages=3,
+    splits=4,
+    reduce=True,
+    expand_block_n=32,
+    expand_warps=4,
+)
 L2 = 132 * 42_000
 
 
-def alone(key: LaunchKey, blocks: Blocks, gpu: Gpu = CARD) -> float:
-    return estimate(key, blocks, gpu, 1).alone
+def alone(key: LaunchKey, config: Config, gpu: Gpu = CARD) -> float:
+    return estimate(key, config, gpu, 1).alone
 
 
 def test_the_estimate_by_hand() -> None:
@@ -188,15 +197,8 @@ def test_memory_is_a_limit_that_no_configuration_passes() -> None:
     for rows in (1, 16, 64):
         key = GATE_UP._replace(rows=rows)
         memory = (4096 * 608 + 22016 * 304) * 2 / (132 * 22_700)
-        blocks = blocks_of(rule_of_thumb("lowrank_linear", key, CARD))
+        blocks = rule_of_thumb("lowrank_linear", key, CARD)
         assert estimate(key, blocks, CARD, 2).alone >= 2.3 + memory
-
-
-def blocks_of(config: Config) -> Blocks:
-    return Blocks(
-        *(config.shrink_block_r, config.shrink_block_k, config.stages, config.splits, config.reduce),
-        *(config.expand_block_n, config.expand_warps),
-    )
 
 
 @pytest.mark.parametrize(("rows", "reduce"), [(1, False), (2, False), (4, False), (16, False), (32, True)])
@@ -212,9 +214,9 @@ def test_few_rows_are_not_reduced_because_the_tail_takes_longer_than_to_read_the
 @pytest.mark.parametrize("rows", [16, 64])
 def test_the_rule_fetches_more_of_vh_at_once_than_three_stages_do(rows: int) -> None:
     key = GATE_UP._replace(rows=rows)
-    chosen = blocks_of(rule_of_thumb("lowrank_linear", key, CARD))
+    chosen = rule_of_thumb("lowrank_linear", key, CARD)
     assert chosen.stages > 3
-    shallow = chosen._replace(stages=3)
+    shallow = replace(chosen, stages=3)
     both = [estimate(key, this, CARD, 2) for this in (chosen, shallow)]
     assert both[0].chained <= both[1].chained
     assert both[0].alone < both[1].alone or rows == 16  # where memory hides the rest
@@ -234,7 +236,7 @@ def test_pivoted_factors_have_fewer_rows_of_u_to_read() -> None:
     """1638 of 4096 outputs are those of h. At one row memory is the limit."""
     key = KEY._replace(rows=1, width=2 * 4096, rank=2 * 1648, groups=2)
     pivoted = key._replace(pivots=2 * 1638)
-    blocks = blocks_of(rule_of_thumb("lowrank_linear", pivoted, CARD))
+    blocks = rule_of_thumb("lowrank_linear", pivoted, CARD)
     saved = estimate(key, blocks, CARD, 2).alone - estimate(pivoted, blocks, CARD, 2).alone
     assert saved == pytest.approx(2 * 1638 * 1648 * 2 / (132 * 22_700))
 
@@ -252,7 +254,7 @@ def test_a_small_linear_of_many_rows_is_matrix_products() -> None:
     key = KEY._replace(rows=64, width=1024, rank=96)
     assert rule_of_thumb("lowrank_linear", key, CARD).path == "gemms"
     assert rule_of_thumb("lowrank_linear", key._replace(rows=1), CARD).path == "pair"
-    pair = min(alone(key, BLOCKS._replace(block_r=block_r, stages=6)) for block_r in (16, 32, 64))
+    pair = min(alone(key, replace(BLOCKS, shrink_block_r=block_r, stages=6)) for block_r in (16, 32, 64))
     assert products_estimate(key, CARD) == pytest.approx(2 * (2.3 + 0.8))
     assert pair > products_estimate(key, CARD)
 

@@ -46,12 +46,12 @@ CALLS: dict[str, tuple[str, tuple[Any, ...], str]] = {
     "an s without a Vh": (
         "lowrank_linear_merged",
         (x, [U], [s], *[[]] * 5, [True, True, *[False] * 5]),
-        "and Vh unless it is dense",
+        "U and Vh, a dense one U",
     ),
     "a group of dense and low-rank linears": (
         "lowrank_linear_grouped",
         (x, [U, Vh], [], [Vh], *[[]] * 4, [True, False, True, *[False] * 4, True, *[False] * 6]),
-        "each group has U and Vh",
+        "U and Vh. The lists",
     ),
     "a short weight": (
         "lowrank_linear_merged",

@@ -33,19 +33,12 @@ class Culprit:
 
 @dataclass(frozen=True)
 class Search:
-    """What is tried at each commit.
+    """What is tried at each commit."""
 
-    Attributes:
-        root: the project's folder.
-        tests: files or node ids.
-        build: shell command that builds a checkout, run in its folder; ``""`` for none.
-        threshold: slower by more than this fraction is a regression.
-    """
-
-    root: Path
-    tests: Sequence[str]
-    build: str
-    threshold: float
+    root: Path  # the project's folder
+    tests: Sequence[str]  # files or node ids
+    build: str  # shell command that builds a checkout, run in its folder; ``""`` for none
+    threshold: float  # slower by more than this fraction is a regression
 
     def culprit(self, good: str, bad: str) -> Culprit:
         """The first commit after ``good``, along the first parents of ``bad``, that is slower than ``good``.
