@@ -31,10 +31,10 @@ from grasp.model.narrowing import (
     can_narrow,
     empty_linear,
     mark_narrowed,
+    mlp_weights,
     narrow_mlp_,
     resize_mlp_,
 )
-from grasp.model.offload import is_fetched_per_call
 from grasp.model.targets import Target
 from grasp.statistics.covariance import Covariance
 
@@ -166,16 +166,17 @@ def _choose_(run: Run, plan: Plan, work: Work) -> None:
     widths = choose_widths(run, plan, selections, found, removal)
     down = {mlp.path: selections[mlp.down].file for mlp in found}
 
-    def write(path: str) -> str:
+    def whole(path: str) -> dict[str, Tensor]:  # ``widen_`` may need them
+        return mlp_weights(run.model.get_submodule(path), *GATE_UP, DOWN) if run.held_out else {}
+
+    def write(path: str, weights: dict[str, Tensor]) -> str:
         names = {name: f"{name}.{widths[path][1]}" for name in ("channels", "weight")}
         tensors, _ = run.state.read(down[path], *names.values())
         kept = {name: tensors[key] for name, key in names.items()}
-        if run.held_out:  # ``widen_`` may need them
-            kept |= {name: run.model.get_parameter(f"{path}.{name}.weight") for name in (*GATE_UP, DOWN)}
-        return run.state.write(f"narrow-{path}", kept)
+        return run.state.write(f"narrow-{path}", kept | weights)
 
     files: dict[str, str | None] = {f"first-{target.name}": None for target in members} if widths else {}
-    files |= {f"narrow-{path}": name for path, name in run.processes.map_divided(list(widths), write)}
+    files |= {f"narrow-{path}": name for path, name in run.processes.map_divided(list(widths), write, fetch=whole)}
     run.processes.wait_for_all()  # they may still read the files that are removed
     run.state.record(files, widths=widths)
 
@@ -186,8 +187,7 @@ def mlps(members: Sequence[Target], run: Run) -> list[Mlp]:
     found = []
     for path, module in run.model.named_modules():
         names = [f"{path}.{name}" for name in (*GATE_UP, DOWN)]
-        is_whole = can_narrow(module) and not any(map(is_fetched_per_call, module.children()))
-        if is_whole and by_name.keys() >= {*names}:
+        if can_narrow(module) and by_name.keys() >= {*names}:
             gate, up, down = (by_name[name] for name in names)
             found.append(Mlp(path, (gate, up), down))
     return [mlp for mlp in found if mlp.widths]

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from grasp.method.channels import widths_of
 from grasp.method.ranks import Shape
+from grasp.model.dense import gathered
 from grasp.model.gated_mlp import FORMULA, formula_of
 from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.offload import release_
+from grasp.model.offload import execution_device, fetched, place_like, release_
 from grasp.model.quantized_linear import QuantizedLinear, QuantizedLowRankLinear
 
 GATE_UP, DOWN = ("gate_proj", "up_proj"), "down_proj"  # of ``FORMULA``
@@ -39,23 +40,33 @@ def narrow_mlp_(mlp: nn.Module, channels: Tensor, down: Tensor) -> None:
         channels: (n,) int64, ascending.
         down: (N, n), the new weight of ``down_proj``.
     """
-    rows = {name: mlp.get_parameter(f"{name}.weight")[channels] for name in GATE_UP}
+    rows = {name: weight[channels] for name, weight in mlp_weights(mlp, *GATE_UP).items()}
     resize_mlp_(mlp, {**rows, DOWN: down})
     mark_narrowed(mlp)
 
 
 @torch.no_grad()
 def resize_mlp_(mlp: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give the linears of an MLP, by name, other weights, (N, K); theirs are freed. Biases, of outputs alone, stay."""
+    """Give the linears of an MLP, by name, other weights, (N, K); theirs are freed. Biases, of outputs alone, stay.
+
+    Weights that are sharded or offloaded stay so.
+    """
     for name, weight in weights.items():
         linear = mlp.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        resized = empty_linear(linear, (len(weight), weight.shape[1])).requires_grad_(linear.weight.requires_grad)
+        resized = empty_linear(linear, (len(weight), weight.shape[1]), execution_device(linear))
+        resized.requires_grad_(linear.weight.requires_grad)
         resized.weight.copy_(weight)
         if linear.bias is not None:
-            resized.bias = linear.bias
+            resized.bias.copy_(gathered(fetched(linear, "bias")))
+        place_like(resized, linear)
         setattr(mlp, name, resized)
         release_(linear)
+
+
+def mlp_weights(mlp: nn.Module, *names: str) -> dict[str, Tensor]:
+    """The weights of dense linears of an MLP, (N, K), by name; sharded ones are gathered, offloaded ones fetched."""
+    return {name: gathered(fetched(mlp.get_submodule(name), "weight")) for name in names}
 
 
 def mark_narrowed(mlp: nn.Module, narrowed: bool = True) -> None:
@@ -92,7 +103,7 @@ def narrowest_shapes(model: nn.Module) -> list[Shape]:
     return shapes
 
 
-def empty_linear(like: nn.Linear, shape: Shape, device: str | None = None) -> nn.Linear:
+def empty_linear(like: nn.Linear, shape: Shape, device: torch.device | str | None = None) -> nn.Linear:
     """A linear of the dtype of another one, of another shape, (N, K), without data."""
     (n, k), place = shape, like.weight.device if device is None else device
     linear = nn.Linear(k, n, bias=like.bias is not None, device=place, dtype=like.weight.dtype)

@@ -22,6 +22,7 @@ from grasp.model.quantized_linear import QUANTIZED
 from grasp.model.size import model_size
 from grasp.model.targets import all_targets
 from grasp.statistics.layer_losses import losses_without
+from tests.candidates import is_narrowed, losing
 from tests.interrupted import assert_same, run, stopped
 from tests.lowrank_models import logits
 from tests.tiny_models import tiny_batches, tiny_model
@@ -149,12 +150,7 @@ def test_without_a_gain_nothing_is_narrowed(monkeypatch: pytest.MonkeyPatch) -> 
 def test_layers_removed_from_the_whole_model_can_win(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Where every narrowed candidate is bad, the channels come back."""
     model = model_with_quiet_channels()
-    measured = held_out._measured
-
-    def spoilt(run: Any, start: Any, selections: Any, candidate: Any) -> float:
-        return measured(run, start, selections, candidate) + 100 * candidate.name.startswith("narrowed")
-
-    monkeypatch.setattr(held_out, "_measured", spoilt)
+    monkeypatch.setattr(held_out, "_measured", losing(is_narrowed))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     given = tiny_batches(4, length=32), BEST
     report = compress_(model, *given, held_out=tiny_batches(1, length=32, seed=5), costs=costs_of(model))
@@ -174,12 +170,7 @@ def test_layers_removed_from_the_whole_model_can_win(monkeypatch: pytest.MonkeyP
 
 def test_a_linear_map_of_the_whole_model_can_win(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the map that a run without channels fits."""
-    measured = held_out._measured
-
-    def spoilt(run: Any, start: Any, selections: Any, candidate: Any) -> float:
-        return measured(run, start, selections, candidate) + 100 * (not candidate.map and candidate.name != "dense")
-
-    monkeypatch.setattr(held_out, "_measured", spoilt)
+    monkeypatch.setattr(held_out, "_measured", losing(lambda option: not option.map and option.name != "dense"))
     results = []
     for least in (narrow.LEAST_GAIN, 1.0):
         monkeypatch.setattr(narrow, "LEAST_GAIN", least)
@@ -222,12 +213,7 @@ def test_layers_outside_of_the_scope_stay(monkeypatch: pytest.MonkeyPatch) -> No
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             model.model.layers[0].get_parameter(f"{name}.weight").mul_(1e-3)
     config = GraspConfig.best(layers=(1, 2), retain_ratio=0.3)
-    measured = held_out._measured
-
-    def spoilt(run: Any, start: Any, selections: Any, candidate: Any) -> float:
-        return measured(run, start, selections, candidate) + 100 * candidate.name.startswith("narrowed")
-
-    monkeypatch.setattr(held_out, "_measured", spoilt)
+    monkeypatch.setattr(held_out, "_measured", losing(is_narrowed))
     report = compress_(model, tiny_batches(4, length=32), config, held_out=tiny_batches(1, length=32, seed=5))
     assert any(name.startswith("narrowed") for name in report.held_out_loss)
     assert report.removed_layers == (1, 2)

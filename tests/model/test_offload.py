@@ -15,14 +15,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from grasp.checkpoint.run_state import RunState
 from grasp.checkpoint.saving import save_checkpoint
 from grasp.compress import compress_
+from grasp.compression import held_out, narrow
 from grasp.compression.layer_cost import LiveBytes
 from grasp.config import GraspConfig
 from grasp.errors import UnsupportedModelError
 from grasp.evaluation.perplexity import perplexity
+from grasp.method import channels
 from grasp.model.batch import as_batches
 from grasp.model.dense import dense_shape, dense_weight
 from grasp.model.hf_quantizer import mark_compressed
 from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.narrowing import narrowed_shapes
 from grasp.model.offload import (
     execution_device,
     fetched,
@@ -35,6 +38,7 @@ from grasp.model.running import first_device
 from grasp.model.targets import decoder, layer_targets
 from grasp.statistics.redundancy import block_influence
 from grasp.statistics.sweep import Call, capture_prefix, sweep
+from tests.candidates import is_narrowed, is_whole, losing
 from tests.interrupted import Killed
 from tests.tiny_models import tiny_batches, tiny_model
 
@@ -107,6 +111,33 @@ def test_an_offloaded_model_is_compressed_like_one_in_memory(
     assert all(model.get_submodule(m.name).U.is_meta for m in report.compressed if make is not by_device_map)
     tokens = torch.cat([batch.flatten() for batch in batches])
     assert perplexity(model, tokens, window=16).nll == perplexity(expected, tokens, window=16).nll
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+@pytest.mark.parametrize("make", [*MAKERS, in_the_checkpoint])
+def test_mlps_of_an_offloaded_model_lose_channels(
+    make: Maker, comes_back: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the layers removed from the whole model are better in the end."""
+    monkeypatch.setattr(held_out, "_measured", losing(is_narrowed if comes_back else is_whole))
+    monkeypatch.setattr(channels, "MULTIPLE", 8)
+    widths = {f"model.layers.{layer}.mlp": [48, 40] for layer in (0, 2)}
+    monkeypatch.setattr(narrow, "choose_widths", lambda *_: widths)
+    model, expected = make("llama", tmp_path), tiny_model("llama")
+    batches, others, config = tiny_batches(), tiny_batches(1, seed=2), GraspConfig.best(compression_ratio=0.15)
+    report, wanted = (compress_(each, batches, config, held_out=others) for each in (model, expected))
+    assert report.held_out_loss == wanted.held_out_loss
+    assert any(name.startswith("narrowed") for name in report.held_out_loss)
+    assert report.channels == wanted.channels
+    assert narrowed_shapes(model) == narrowed_shapes(expected)
+    assert bool(report.channels) is not comes_back
+    assert torch.equal(model(batches[0]).logits, expected(batches[0]).logits)
+    if make in (on_disk, in_cpu_memory):
+        assert all(parameter.is_meta for name, parameter in model.named_parameters() if ".mlp." in name)
+    if make is not in_cpu_memory:  # transformers saves a model without ``hf_device_map`` as it is
+        save_checkpoint(model, tmp_path / "out")
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert torch.equal(saved(batches[0]).logits, expected(batches[0]).logits)
 
 
 def test_layers_of_an_offloaded_model_are_removed(tmp_path: Path) -> None:

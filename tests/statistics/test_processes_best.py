@@ -20,7 +20,7 @@ from grasp.builtin import BUILTIN
 from grasp.calibration import builtin_text, token_batches
 from grasp.checkpoint.run_state import RunState
 from grasp.compress import compress_
-from grasp.compression import narrow
+from grasp.compression import held_out, narrow
 from grasp.compression.memory_budget import MemoryBudget
 from grasp.compression.span_plan import PlannedSpan
 from grasp.config import GraspConfig
@@ -33,6 +33,7 @@ from grasp.model.targets import Target
 from grasp.statistics.covariance import input_groups
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sharding import collect_, shard_
+from tests.candidates import is_narrowed, is_whole, losing
 from tests.interrupted import Killed
 from tests.many_processes import run
 from tests.tiny_models import tiny_batches, tiny_model
@@ -101,22 +102,27 @@ def test_two_processes_compress_like_one(family: str, sharded: bool) -> None:
         assert all(torch.equal(value, second.dense[name]) for name, value in first.dense.items())
 
 
-def narrowed(processes: Processes) -> Result:
-    """The MLPs of two layers lose a sixth of their channels."""
+def narrowed(processes: Processes, comes_back: bool) -> Result:
+    """The MLPs of two layers lose a sixth of their channels, but if the whole model without layers is better."""
     widths = {f"model.layers.{layer}.mlp": [48, 40] for layer in (0, 2)}
     with (
         mock.patch.object(channels, "MULTIPLE", 8),
         mock.patch.object(narrow, "choose_widths", return_value=widths),
+        mock.patch.object(held_out, "_measured", losing(is_narrowed if comes_back else is_whole)),
     ):
-        return tiny(processes, "llama", BEST)
+        model, others = tiny_model("llama", torch.float64), tiny_batches(1, seed=2)
+        return compressed(model, tiny_batches(3), BEST, processes, held_out=others)
 
 
-def test_two_processes_narrow_like_one() -> None:
-    expected = narrowed(ALONE)
-    assert sum(value.shape == (40, 32) for value in expected.dense.values()) == 4  # gate and up of two layers
-    first, second = results(narrowed, sharded=False)
+@pytest.mark.parametrize(("sharded", "comes_back"), [(False, False), (True, False), (True, True)])
+def test_two_processes_narrow_like_one(sharded: bool, comes_back: bool) -> None:
+    expected = narrowed(ALONE, comes_back)
+    gates_and_ups = sum(value.shape == (40, 32) for value in expected.dense.values())
+    assert (gates_and_ups, bool(expected.removed)) == ((0, True) if comes_back else (4, False))
+    first, second = results(narrowed, comes_back, sharded=sharded)
     assert_close(first, expected, 1e-6)
-    assert all(torch.equal(value, second.dense[name]) for name, value in first.dense.items())
+    if not sharded:
+        assert all(torch.equal(value, second.dense[name]) for name, value in first.dense.items())
 
 
 def smollm2(processes: Processes, folder: Path) -> Result:
