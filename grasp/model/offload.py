@@ -7,6 +7,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +67,8 @@ def shard_module_(module: nn.Module, mesh: DeviceMesh) -> None:
 def place_like(module: nn.Module, dense: nn.Module) -> None:
     """Store the parameters of a module in the way of another: in memory, sharded, or offloaded to the CPU or to disk.
 
-    Parameters are offloaded to the folder of the other module, or to a temporary folder if it has none.
+    Parameters are offloaded to the folder of the other module, whose files stay, or to a temporary folder if it has
+    none.
 
     Args:
         module: with its own parameters on the device where ``dense`` runs; they may not be set afterwards. If ``dense``
@@ -104,17 +106,24 @@ def release_(linear: nn.Module) -> None:
 
 
 def _stored_beside(weights: Mapping[str, Tensor], module: nn.Module) -> Mapping[str, Tensor] | None:
-    """The parameters of a module, written to the folder of offloaded weights; ``None`` if these are in CPU memory."""
+    """The parameters of a module, written to the folder of offloaded weights; ``None`` if these are in CPU memory.
+
+    If one of the names is taken there, they get a folder of their own in it: a model may be dispatched from it again.
+    """
     if not isinstance(weights, PrefixedDataset) or not isinstance(loader := weights.dataset, OffloadedWeightsLoader):
         return None
     if f"{weights.prefix}weight" in loader.state_dict:
         return None
-    if loader.save_folder is None:  # the weights are read from the checkpoint
-        loader.save_folder = tempfile.mkdtemp(prefix="grasp-offload-")
+    parameters = {f"{weights.prefix}{name}": value.detach() for name, value in module.named_parameters(recurse=False)}
+    folder = loader.save_folder  # None: the weights are read from the checkpoint
+    if folder is not None and any(Path(folder, f"{name}.dat").exists() for name in parameters):
+        loader = OffloadedWeightsLoader(index={})
+    if loader.save_folder is None:
+        loader.save_folder = tempfile.mkdtemp(prefix="grasp-offload-", dir=folder)
         weakref.finalize(loader, shutil.rmtree, loader.save_folder, ignore_errors=True)
-    for name, parameter in module.named_parameters(recurse=False):
-        offload_weight(parameter.detach(), f"{weights.prefix}{name}", loader.save_folder, index=loader.index)
-    return weights
+    for name, parameter in parameters.items():
+        offload_weight(parameter, name, loader.save_folder, index=loader.index)
+    return PrefixedDataset(loader, weights.prefix)
 
 
 def _hook(module: nn.Module) -> Any:

@@ -124,6 +124,7 @@ def test_mlps_of_an_offloaded_model_lose_channels(
     widths = {f"model.layers.{layer}.mlp": [48, 40] for layer in (0, 2)}
     monkeypatch.setattr(narrow, "choose_widths", lambda *_: widths)
     model, expected = make("llama", tmp_path), tiny_model("llama")
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*.dat")}
     batches, others, config = tiny_batches(), tiny_batches(1, seed=2), GraspConfig.best(compression_ratio=0.15)
     report, wanted = (compress_(each, batches, config, held_out=others) for each in (model, expected))
     assert report.held_out_loss == wanted.held_out_loss
@@ -134,6 +135,7 @@ def test_mlps_of_an_offloaded_model_lose_channels(
     assert torch.equal(model(batches[0]).logits, expected(batches[0]).logits)
     if make in (on_disk, in_cpu_memory):
         assert all(parameter.is_meta for name, parameter in model.named_parameters() if ".mlp." in name)
+    assert [path.name for path, content in files.items() if path.read_bytes() != content] == []
     if make is not in_cpu_memory:  # transformers saves a model without ``hf_device_map`` as it is
         save_checkpoint(model, tmp_path / "out")
         saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
