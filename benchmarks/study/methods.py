@@ -92,7 +92,7 @@ class Outcome:
 class Job:
     """What a method is given besides the model."""
 
-    calibration: CalibrationSet  # the calibration set
+    calibration: CalibrationSet
     ratio: float  # fraction of the parameters of the whole model to remove
     state: NoState  # of a compression, which an interrupted one resumes from
     memory: int | None  # bytes that a compression may take above the loaded model; ``None`` for 0.9 of what is free

@@ -18,7 +18,7 @@ _MOST_PLACES = 12  # that a reason is said to apply to
 class Table(NamedTuple):
     """The results of one case as text."""
 
-    title: str  # the case
+    title: str  # names the case
     headings: tuple[str, ...]  # of the columns that have a value in some row; the first names the rows
     rows: tuple[tuple[str, ...], ...]  # cells, empty without a value
     numeric: tuple[bool, ...]  # for each column, whether its values are numbers

@@ -57,7 +57,7 @@ class Prefix:
     """What crosses the borders between decoder layers; sweeps over some of the layers start from it."""
 
     model: PreTrainedModel  # the model; sweeps run it in its present state
-    batches: Sequence[CalibrationBatch]  # the calibration batches
+    batches: Sequence[CalibrationBatch]
     dtype: str | None  # ``"bfloat16"`` if the model runs in it, ``None`` for the dtype of the model
     hidden: dict[int, HiddenStates]  # layer → for each batch the hidden states at its input, (B, L, H), on the CPU
     tuple_length: int  # how many values the decoder layers return; 0 if they return a tensor, no tuple
