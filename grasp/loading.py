@@ -8,7 +8,8 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from copy import deepcopy
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -306,6 +307,12 @@ def _gguf_path(name: str) -> Path | None:
 
 def _gguf_config(path: Path) -> PreTrainedConfig:
     """The configuration in a GGUF file; call it inside ``_reading_gguf``."""
+    state = path.stat()
+    return deepcopy(_parsed_gguf_config(path.absolute(), state.st_mtime_ns, state.st_size))
+
+
+@lru_cache(maxsize=1)  # a compression reads it first, then loads the model: seconds with a large vocabulary
+def _parsed_gguf_config(path: Path, modified_ns: int, size: int) -> PreTrainedConfig:
     config: PreTrainedConfig = AutoConfig.from_pretrained(**_gguf_source(path))
     _require_causal_lm(str(path), config)
     return config

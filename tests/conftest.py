@@ -71,11 +71,11 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def short_builtin_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten the built-in texts in this process, where they are tokenized whole for a few sequences of them."""
-    if (calibration := sys.modules.get("grasp.calibration")) is not None:
-        articles = calibration._wikipedia
-        monkeypatch.setattr(calibration, "_wikipedia", lambda split: articles(split)[:50_000])
-        monkeypatch.setattr(calibration, "_KIND", 20_000)
+    """Shorten the built-in texts in this process, as tests/traced.py does in those that it is preloaded into."""
+    if "grasp.calibration" in sys.modules:
+        from tests.short_text import shorten
+
+        shorten(monkeypatch.setattr)
 
 
 @pytest.fixture(autouse=True)

@@ -79,9 +79,9 @@ def broken_links(page: str) -> Iterator[str]:
             yield link
 
 
-def run_python(code: str, folder: Path) -> str:
+def run_python(code: str, folder: Path, *arguments: object) -> str:
     """Run code in a process of its own, which has imported the libraries already; its stdout."""
-    run = forked.python(code, cwd=folder, environment=environment())
+    run = forked.python(code, [str(argument) for argument in arguments], cwd=folder, environment=environment())
     assert run.returncode == 0, f"{code}\n{run.stderr}"
     return run.stdout
 

@@ -15,7 +15,7 @@ from grasp import loading
 from grasp.calibration import bos_for, builtin_text, tokenize
 from grasp.errors import CheckpointError, MissingPackageError
 from grasp.evaluation.perplexity import perplexity
-from grasp.loading import load_model
+from grasp.loading import load_config, load_model
 from tests.tiny_models import tiny_batches, tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
 
@@ -94,6 +94,8 @@ def test_a_gguf_file_is_parsed_once_by_each_loading(tmp_path: Path, monkeypatch:
         original = tiny_model("llama", vocab_size=len(byte_tokenizer()) + 2, seed=seed)
         write_gguf(path, original)
         model, _ = load_model(str(path), device="cpu")
+        model.config.num_hidden_layers = 99  # its configuration is its own
+        assert load_config(str(path))[0].num_hidden_layers == original.config.num_hidden_layers
         assert torch.equal(model.lm_head.weight, original.lm_head.weight)
         assert parsed == [str(path)] * (seed + 1)
         assert gguf.GGUFReader is Counting

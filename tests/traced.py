@@ -1,7 +1,7 @@
 """Makes the processes quick that are forked after it was imported.
 
 It counts the cost of tiny models, without computing. The speed of the device is measured by one call of each kind. The
-garbage collector does not look at what is imported.
+built-in texts are short. The garbage collector does not look at what is imported.
 """
 
 import gc
@@ -12,6 +12,7 @@ from grasp.compression import device_speed
 from grasp.compression.estimate import estimate
 from grasp.compression.job import CompressionJob
 from grasp.config import GraspConfig
+from tests.short_text import shorten
 from tests.tiny_models import tiny_model
 
 # With a GPU the first backward pass starts threads, and a process that has them cannot be forked.
@@ -20,5 +21,6 @@ for family in ("llama", "gpt2") if torch.cuda.device_count() == 0 else ():
     estimate(CompressionJob(model.config, config, torch.float64, torch.device("cpu"), num_samples=6, seq_len=12), 2)
 
 device_speed.PROBE_SECONDS = 0.0
+shorten()
 gc.collect()
 gc.freeze()

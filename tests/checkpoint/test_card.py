@@ -31,8 +31,7 @@ from grasp.checkpoint.inspection import inspect_checkpoint
 from grasp.checkpoint.saving import save_checkpoint
 from grasp.errors import CheckpointError
 from grasp.model.lowrank_linear import LowRankLinear
-from tests import forked
-from tests.command_line import environment
+from tests.documents import run_python
 from tests.quantized_models import quantized_model
 from tests.tiny_models import tiny_model
 
@@ -271,9 +270,7 @@ def test_the_usage_snippet_runs_in_the_folder(tmp_path: Path) -> None:
     )
     snippet = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert snippet is not None
-    result = forked.python(snippet[1], cwd=folder, environment=environment())
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("The first thing")
+    assert run_python(snippet[1], folder).startswith("The first thing")
 
 
 def test_hostile_names_add_neither_links_nor_html_nor_lines_to_a_card() -> None:

@@ -54,6 +54,16 @@ def hub() -> Iterator[FakeHub]:
         yield started
 
 
+@pytest.fixture
+def online(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    """The hub of this process, which has a token for it."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return hub
+
+
 def push(folder: Path, *arguments: str, endpoint: str, token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:
     home = folder.parent / "home"
     home.mkdir(exist_ok=True)
@@ -77,51 +87,47 @@ def push(folder: Path, *arguments: str, endpoint: str, token: str | None = TOKEN
 
 @pytest.mark.slow
 def test_a_folder_arrives_whole_without_what_is_unfinished_or_hidden_and_again_only_what_is_new(
-    folder: Path, hub: FakeHub
+    folder: Path, online: FakeHub, main: RunMain
 ) -> None:
     for name in ("notes.partial", ".env", "old.partial/weights.safetensors", "additional_chat_templates/.hidden"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("not for others")
     expected = {path.name for path in folder.iterdir() if path.is_file() and path.name not in ("notes.partial", ".env")}
     assert sum(name.endswith(".safetensors") for name in expected) > 1
-    run = push(folder, "someone/small", "--private", "--json", endpoint=hub.address)
+    run = push(folder, "someone/small", "--private", "--json", endpoint=online.address)
     assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout) == {"repository": f"{hub.address}/someone/small"}
-    assert hub.repositories == {"someone/small": "private"}
-    assert hub.files.keys() == expected | {"README.md"}
-    assert all(hub.files[name] == (folder / name).read_bytes() for name in hub.files)
-    assert ModelCard(hub.files["README.md"].decode()).data.library_name == "transformers"
+    assert json.loads(run.stdout) == {"repository": f"{online.address}/someone/small"}
+    assert online.repositories == {"someone/small": "private"}
+    assert online.files.keys() == expected | {"README.md"}
+    assert all(online.files[name] == (folder / name).read_bytes() for name in online.files)
+    assert ModelCard(online.files["README.md"].decode()).data.library_name == "transformers"
 
-    sent = list(hub.uploads)
-    hub.files |= dict.fromkeys(("model.safetensors", "recovery.json", "model-onnx/model.safetensors"), b"earlier")
+    sent = list(online.uploads)
+    online.files |= dict.fromkeys(("model.safetensors", "recovery.json", "model-onnx/model.safetensors"), b"earlier")
     (folder / "README.md").write_text("---\ntags: [mine]\n---\n# Mine\n")
-    again = push(folder, "someone/small", "--private", endpoint=hub.address)
-    assert again.returncode == 0, again.stderr
-    assert hub.uploads == sent
-    assert hub.files.keys() == expected | {"README.md", "model-onnx/model.safetensors"}
-    assert hub.files["README.md"] == b"---\ntags: [mine]\n---\n# Mine\n"
-    assert hub.repositories == {"someone/small": "private"}
+    again = main("push", folder, "someone/small", "--private")
+    assert again.code == 0, again.err
+    assert online.uploads == sent
+    assert online.files.keys() == expected | {"README.md", "model-onnx/model.safetensors"}
+    assert online.files["README.md"] == b"---\ntags: [mine]\n---\n# Mine\n"
+    assert online.repositories == {"someone/small": "private"}
 
 
 def test_after_a_failure_the_same_command_sends_only_what_is_missing(
-    folder: Path, hub: FakeHub, main: RunMain, monkeypatch: pytest.MonkeyPatch
+    folder: Path, online: FakeHub, main: RunMain
 ) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    hub.refuse_commits = 1
+    online.refuse_commits = 1
     failed = main("push", folder, "someone/small")
     assert failed.code == 2
     assert "run the same command again" in failed.err.splitlines()[-1]
     assert "Traceback" not in failed.err
-    sent = list(hub.uploads)
+    sent = list(online.uploads)
     assert sent
-    assert not hub.files
+    assert not online.files
     again = main("push", folder, "someone/small")
     assert again.code == 0, again.err
-    assert hub.uploads == sent
-    assert {"config.json", "README.md"} <= hub.files.keys()
+    assert online.uploads == sent
+    assert {"config.json", "README.md"} <= online.files.keys()
 
 
 @pytest.mark.parametrize(
@@ -157,16 +163,11 @@ def test_what_the_hub_refuses_is_said_with_the_remedy(
     assert not hub.files
 
 
-def test_a_repository_that_is_public_is_not_taken_for_a_private_one(
-    folder: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    hub.repositories = {"someone/public": "public"}
+def test_a_repository_that_is_public_is_not_taken_for_a_private_one(folder: Path, online: FakeHub) -> None:
+    online.repositories = {"someone/public": "public"}
     with pytest.raises(HubError, match=r"someone/public.* public"):
         upload(folder, "someone/public", private=True)
-    assert not hub.files
+    assert not online.files
 
 
 ENCODED_TOKENS = [
@@ -178,38 +179,28 @@ ENCODED_TOKENS = [
 
 def test_no_text_of_the_server_is_shown_for_it_may_repeat_the_token(
     folder: Path,
-    hub: FakeHub,
-    monkeypatch: pytest.MonkeyPatch,
+    online: FakeHub,
     capfd: pytest.CaptureFixture[str],
     recwarn: pytest.WarningsRecorder,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    hub.echo = "\n".join(ENCODED_TOKENS)
+    online.echo = "\n".join(ENCODED_TOKENS)
     messages = []
-    for hub.echo_at in ("/repos/create", "/api/models/someone/small", "validate-yaml", "/preupload/", "/commit/"):
+    for online.echo_at in ("/repos/create", "/api/models/someone/small", "validate-yaml", "/preupload/", "/commit/"):
         with pytest.raises(HubError, match=r"failed \(.*; run the same command again") as refused:
             upload(folder, "someone/small")
         messages.append("".join(traceback.format_exception(refused.value)))
-    hub.echo_at = "nowhere"
+    online.echo_at = "nowhere"
     messages.append(upload(folder, "someone/small"))
-    assert messages[-1] == f"{hub.address}/someone/small"
+    assert messages[-1] == f"{online.address}/someone/small"
     out, err = capfd.readouterr()
     shown = "".join([out, err, caplog.text, *messages, *(str(warning.message) for warning in recwarn)])
     assert [part for part in ENCODED_TOKENS if part in shown] == []
 
 
 @pytest.mark.parametrize("answer", [{}, [], {"url": 3}, {"url": None, "private": "x"}])
-def test_a_server_that_is_no_hub_gets_one_line(
-    answer: object, folder: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    hub.answer = answer
+def test_a_server_that_is_no_hub_gets_one_line(answer: object, folder: Path, online: FakeHub) -> None:
+    online.answer = answer
     with pytest.raises(HubError, match=r"uploading to someone/small on .* failed \("):
         upload(folder, "someone/small")
 

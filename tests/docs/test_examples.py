@@ -7,24 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from tests import forked
-from tests.command_line import ROOT, TEXT, environment, save_tiny_model
+from tests.command_line import ROOT, TEXT, save_tiny_model
+from tests.documents import run_python
 
 pytestmark = pytest.mark.slow
 
 EXAMPLES = ROOT / "examples"
 
 
-def run(folder: Path, code: str, *arguments: object) -> str:
-    """The stdout of Python code with these arguments, in a process that has imported the libraries already."""
-    done = forked.python(code, [str(word) for word in arguments], cwd=folder, environment=environment())
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def run_script(folder: Path, script: str, *arguments: object) -> str:
     code = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    return run(folder, code, EXAMPLES / script, *arguments)
+    return run_python(code, folder, EXAMPLES / script, *arguments)
 
 
 def test_every_script_is_run_here() -> None:
@@ -57,16 +50,9 @@ def test_embed_in_your_model(tmp_path: Path) -> None:
 
 
 def test_guard_a_kernel_in_ci(tmp_path: Path) -> None:
-    command = [
-        "import runpy; runpy.run_module('pytest', run_name='__main__')",
-        "-q",
-        "-p",
-        "speedgate.plugin",
-        EXAMPLES / "guard_a_kernel_in_ci.py",
-        "--rootdir",
-        tmp_path,
-    ]
+    code = "import runpy; runpy.run_module('pytest', run_name='__main__')"
+    options = ["-q", "-p", "speedgate.plugin", EXAMPLES / "guard_a_kernel_in_ci.py", "--rootdir", tmp_path]
     storage = f"--benchmark-storage={tmp_path / 'baselines'}"
-    assert "2 passed" in run(tmp_path, *command, "--gate=save", storage)
+    assert "2 passed" in run_python(code, tmp_path, *options, "--gate=save", storage)
     # So wide a threshold cannot be passed by noise: the test is of the example, not of the gate.
-    assert "2 passed" in run(tmp_path, *command, "--gate=compare", "--gate-threshold=20", storage)
+    assert "2 passed" in run_python(code, tmp_path, *options, "--gate=compare", "--gate-threshold=20", storage)

@@ -13,8 +13,7 @@ from grasp.export.linear_pairs import export_linear_pairs, pair_linears_
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.narrowing import narrow_mlp_
 from grasp.model.targets import layer_targets
-from tests import forked
-from tests.command_line import environment
+from tests.documents import run_python
 from tests.quantized_models import quantized_model
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
@@ -86,9 +85,7 @@ def test_a_process_without_grasp_loads_pairs_that_a_quantiser_of_linears_finds(t
         expected[family] = logits(model)
         pairs[family] = [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
         export_linear_pairs(model, byte_tokenizer(), tmp_path / family)
-    run = forked.python(READ, FAMILIES, cwd=tmp_path, environment=environment())
-    assert run.returncode == 0, run.stderr
-    *lines, last = run.stdout.splitlines()
+    *lines, last = run_python(READ, tmp_path, *FAMILIES).splitlines()
     assert last == "refused"
     got = load_file(tmp_path / "logits.safetensors")
     for family, line in zip(FAMILIES, lines, strict=True):
