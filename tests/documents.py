@@ -82,7 +82,7 @@ def broken_links(page: str) -> Iterator[str]:
 def run_python(code: str, folder: Path, *arguments: object) -> str:
     """Run code in a process of its own, which has imported the libraries already; its stdout."""
     run = forked.python(code, [str(argument) for argument in arguments], cwd=folder, environment=environment())
-    assert run.returncode == 0, f"{code}\n{run.stderr}"
+    assert run.returncode == 0, f"{code}\n{run.stdout}{run.stderr}"
     return run.stdout
 
 

@@ -117,9 +117,7 @@ class MeasuredRun:
     products: Mapping[str, npt.NDArray[np.float32]]
 
 
-def measure(
-    job: Job, folder: Path, *, memory: int | None = None, threads: int = 1, held_out: int = 0, start: str = "spawn"
-) -> MeasuredRun:
+def measure(job: Job, folder: Path, *, memory: int | None = None, threads: int = 1, held_out: int = 0) -> MeasuredRun:
     """Compress a model in a new process.
 
     Args:
@@ -128,13 +126,12 @@ def measure(
         memory: the budget, bytes above the loaded model; ``None`` for what is free.
         threads: of the process.
         held_out: so many of the batches, the last, decide between candidates.
-        start: how the process is started, one of ``multiprocessing.get_all_start_methods()``.
 
     Raises:
         GraspError: as ``compress_`` does.
         BrokenProcessPool: if the process is killed, as for want of memory.
     """
-    with ProcessPoolExecutor(1, get_context(start)) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(_run, job, folder, memory, threads, held_out).result()
 
 

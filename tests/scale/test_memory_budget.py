@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +22,6 @@ from grasp.compression.job import CompressionJob
 from grasp.config import GraspConfig
 from grasp.errors import OutOfMemoryError
 from grasp.loading import load_config, load_model
-from tests.command_line import environment
-from tests.forked import start_server
 
 pytestmark = [
     pytest.mark.slow,
@@ -85,12 +82,6 @@ def least(llama: RandomLlama | Builtin, memory: int = 1) -> int:
     return int(said[1]) * 10**6
 
 
-def measured(job: RandomLlama | Builtin, folder: Path, **options: Any) -> MeasuredRun:
-    """Compress in a forked process, which has imported the libraries already."""
-    start_server(environment())
-    return measure(job, folder, start="forkserver", **options)
-
-
 @dataclass
 class Runs:
     """Runs of one model, each made when a test first asks for it."""
@@ -112,7 +103,7 @@ class Runs:
 
     def within(self, memory: int) -> MeasuredRun:
         if memory not in self.done:
-            self.done[memory] = measured(self.llama, self.folder / f"run-{memory}", memory=memory)
+            self.done[memory] = measure(self.llama, self.folder / f"run-{memory}", memory=memory)
         return self.done[memory]
 
 
@@ -168,7 +159,7 @@ def test_a_real_model_of_several_spans_and_candidates_stays_within_its_budget(tm
     budget = least(job) + 10**6
     expected = estimate(job.estimated_job, job.batch_size, memory=budget)
     assert any(sweep.spans == job.layers for sweep in expected.sweeps)
-    run = measured(job, tmp_path / "run", memory=budget, held_out=job.held_out)
+    run = measure(job, tmp_path / "run", memory=budget, held_out=job.held_out)
     print(f"\nMB of budget, peak: {budget / 1e6:.0f}, {run.peak_bytes / 1e6:.0f}; {run.wall_seconds}")
     assert run.peak_bytes <= budget
     assert run.peak_bytes >= budget / 2  # not every low-rank product needs code of its own, as is planned
