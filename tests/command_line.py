@@ -23,6 +23,7 @@ from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
 
 ROOT = Path(__file__).parents[1]
+MAIN = "from grasp.__main__ import main; main()"
 TEXT = "The quick brown fox jumps over the lazy dog, and then it does so once more. " * 20
 
 
@@ -70,7 +71,7 @@ def grasp(*arguments: object, cwd: Path, processes: int = 1, fresh: bool = False
     if not fresh:
         together = torchrun_variables(processes) if processes > 1 else [{}]
         runs = forked.pythons(
-            *("from grasp.__main__ import main; main()", words),
+            *(MAIN, words),
             cwd=cwd,
             environments=[environment() | variables for variables in together],
         )

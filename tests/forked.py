@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -55,15 +56,12 @@ def pythons(
     code: str, arguments: Sequence[str], *, cwd: Path, environments: Sequence[Mapping[str, str]], timeout: float = 600
 ) -> list[subprocess.CompletedProcess[str]]:
     """As ``python``, in several processes at the same time, one for each environment."""
-    start_server(environments[0])
     with TemporaryDirectory() as folder:
-        streams = [[Path(folder) / f"{name}-{i}" for name in ("out", "err")] for i in range(len(environments))]
-        processes = [
-            CONTEXT.Process(target=_run, args=(code, list(arguments), cwd, dict(environment), *files))
-            for environment, files in zip(environments, streams, strict=True)
+        started = [
+            start(code, arguments, cwd=cwd, environment=environment, streams=Path(folder) / str(rank))
+            for rank, environment in enumerate(environments)
         ]
-        for process in processes:
-            process.start()
+        processes = [process for process, *_ in started]
         end = time.monotonic() + timeout
         for process in processes:
             process.join(max(0.0, end - time.monotonic()))
@@ -76,8 +74,20 @@ def pythons(
             subprocess.CompletedProcess(
                 ["-c", code, *arguments], process.exitcode or 0, out.read_text(), err.read_text()
             )
-            for process, (out, err) in zip(processes, streams, strict=True)
+            for process, out, err in started
         ]
+
+
+def start(
+    code: str, arguments: Sequence[str], *, cwd: Path, environment: Mapping[str, str], streams: Path
+) -> tuple[ForkServerProcess, Path, Path]:
+    """A process as of ``python`` while it runs, and the files of its output and errors, in the folder ``streams``."""
+    start_server(environment)
+    streams.mkdir(exist_ok=True)
+    out, err = streams / "out.txt", streams / "err.txt"
+    process = CONTEXT.Process(target=_run, args=(code, list(arguments), cwd, dict(environment), out, err))
+    process.start()
+    return process, out, err
 
 
 def _run(code: str, arguments: list[str], cwd: Path, environment: dict[str, str], out: Path, err: Path) -> None:

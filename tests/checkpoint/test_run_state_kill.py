@@ -7,8 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,67 +22,9 @@ from grasp.statistics.processes import Processes
 from grasp.workflows.compress import compress
 from grasp.workflows.recover import TrainingData, recover
 from grasp.workflows.samples import Samples
-from tests import command_line, interrupted, many_processes
+from tests import command_line, forked, interrupted, many_processes
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it does so once more. " * 200
-
-
-class Command:
-    """``grasp compress`` of a tiny model, in processes of its own."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-        command_line.save_tiny_model(place / "model")
-        (place / "text.txt").write_text(TEXT)
-
-    def arguments(self, output: str, *options: object) -> list[str]:
-        arguments: list[object] = ["compress", "model", "-o", output, "--calibration", "text.txt", "--json"]
-        arguments += ["--layers", "0-2", "--retain-ratio", 0.4, "--num-samples", 40, "--seq-len", 64]
-        return [str(argument) for argument in (*arguments, "--preset", "paper", *options)]
-
-    def start(self, output: str, *options: object) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "grasp", *self.arguments(output, *options)],
-            cwd=self.place,
-            env=command_line.environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def here(self, output: str, schedule: str) -> None:
-        """The same job with a schedule, in this process."""
-        samples = Samples(str(self.place / "text.txt"), num_samples=40, seq_len=64)
-        config = GraspConfig(layers=(0, 1, 2), retain_ratio=0.4, schedule=schedule)
-        compress(str(self.place / "model"), self.place / output, config, samples)
-
-    def has_begun(self, output: str) -> bool:
-        """Whether anything was kept."""
-        return (self.partial(output) / "state.json").exists()
-
-    def kept(self, output: str) -> int:
-        """How many linears ``state.json`` lists."""
-        files = json.loads((self.partial(output) / "state.json").read_text())["files"]
-        return sum(stem.startswith("module-") for stem in files)
-
-    def partial(self, output: str) -> Path:
-        return self.place / f"{output}.partial"
-
-    def modules(self, output: str) -> Any:
-        return json.loads((self.place / output / "report.json").read_text())["modules"]
-
-
-def when(event: Callable[[], bool], process: subprocess.Popen[str]) -> float:
-    """Wait for an event in the life of a process, which must come; the time."""
-    while not event():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.001)
-    return time.perf_counter()
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
-    return Command(tmp_path_factory.mktemp("command"))
 
 
 STRESSED = ("paper", "best")
@@ -227,20 +167,37 @@ def test_best_is_killed_in_each_phase_and_continued_with_another_budget(tmp_path
 
 
 @pytest.mark.slow
-def test_the_plain_command_is_continued_or_refused_with_the_reason(command: Command) -> None:
-    options = ("--schedule", "per-layer")
-    process = command.start("plain", *options)
-    when(lambda: command.has_begun("plain") and command.kept("plain") >= 7, process)
+def test_the_plain_command_is_continued_or_refused_with_the_reason(tmp_path: Path) -> None:
+    command_line.save_tiny_model(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    options = ("--layers", "0-2", "--retain-ratio", 0.4, "--num-samples", 40, "--seq-len", 64, "--preset", "paper")
+    options += ("--calibration", "text.txt", "--schedule", "per-layer", "--json")
+    arguments = [str(word) for word in ("compress", "model", "-o", "plain", *options)]
+
+    def here(schedule: str) -> None:
+        """The same job with a schedule, in this process."""
+        config = GraspConfig(layers=(0, 1, 2), retain_ratio=0.4, schedule=schedule)
+        samples = Samples(str(tmp_path / "text.txt"), num_samples=40, seq_len=64)
+        compress(str(tmp_path / "model"), tmp_path / "plain", config, samples)
+
+    state = tmp_path / "plain.partial" / "state.json"
+    process, _, err = forked.start(
+        command_line.MAIN, arguments, cwd=tmp_path, environment=command_line.environment(), streams=tmp_path
+    )
+    while not (state.exists() and listed(json.loads(state.read_text()), "module") >= 7):
+        assert process.is_alive(), err.read_text()
+        time.sleep(0.001)
     os.kill(process.pid, signal.SIGSTOP)
     with pytest.raises(ResumeError, match="is in use by another process"):
-        command.here("plain", "per-layer")
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+        here("per-layer")
+    process.kill()
+    process.join(60)
     with pytest.raises(ResumeError, match="schedule is sequential, expected per-layer"):
-        command.here("plain", "sequential")
+        here("sequential")
 
-    again = command_line.grasp(*command.arguments("plain", *options), cwd=command.place)
+    again = command_line.grasp(*arguments, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "resuming: 1 of 3 sweeps done" in again.stderr.splitlines()
-    assert json.loads(again.stdout)["report"]["modules"] == command.modules("plain")
-    assert not command.partial("plain").exists()
+    report = json.loads((tmp_path / "plain" / "report.json").read_text())
+    assert json.loads(again.stdout)["report"]["modules"] == report["modules"]
+    assert not state.parent.exists()

@@ -24,13 +24,12 @@ from tests.documents import (
 
 # Pages whose Python runs here, block by block in one folder, each in a process of its own.
 RUN_IN_ORDER = ["docs/getting-started.md", "docs/kernels.md", "docs/resume-and-distributed.md"]
+# Pages whose Python is one project of tests, which runs here.
+OF_THE_GATE = ["docs/regression-gate.md", "packages/pytest-speedgate/README.md"]
 # Pages whose Python another test runs, because it needs a checkpoint, a server or another environment.
 RUN_ELSEWHERE = {
-    "README.md": "docs/getting-started.md, which begins with it",
-    "docs/evaluate.md": "tests/docs/test_evaluation.py",
-    "docs/publish.md": "tests/docs/test_evaluation.py",
-    "docs/regression-gate.md": "below",
-    "packages/pytest-speedgate/README.md": "below",
+    "docs/evaluate.md": "tests/test_real_model.py",
+    "docs/publish.md": "tests/test_real_model.py",
     "docs/serve/compile-and-export.md": "tests/serving/test_transformers_serve.py",
     "docs/serve/linear-pairs.md": "tests/workflows/test_export.py",
     "docs/serve/llama-cpp.md": "tests/workflows/test_export.py",
@@ -67,7 +66,10 @@ def test_every_command_shown_exists(page: str) -> None:
 
 
 def test_the_python_of_every_page_is_run_by_a_test() -> None:
-    assert {page for page in PAGES if blocks(read(page), "python")} == {*RUN_IN_ORDER, *RUN_ELSEWHERE}
+    run = {"README.md", *RUN_IN_ORDER, *OF_THE_GATE, *RUN_ELSEWHERE}  # getting-started.md begins with README's
+    assert {page for page in PAGES if blocks(read(page), "python")} == run
+    for page, place in RUN_ELSEWHERE.items():
+        assert Path(page).stem in read(place)
 
 
 def test_the_python_of_the_readme_is_the_first_of_getting_started() -> None:
@@ -82,7 +84,7 @@ def test_the_python_of_a_page_runs_in_order(page: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["docs/regression-gate.md", "packages/pytest-speedgate/README.md"])
+@pytest.mark.parametrize("page", OF_THE_GATE)
 def test_the_project_on_a_page_about_the_gate_runs(page: str, tmp_path: Path) -> None:
     (tmp_path / "test_speed.py").write_text(blocks(read(page), "python")[0])
     options = ["-q", "-p", "speedgate.plugin", "--benchmark-disable"]

@@ -249,7 +249,7 @@ def test_the_tokenizer_stays_as_it_was(model: PreTrainedModel, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_the_command_gives_the_scores_that_plain_log_likelihoods_give(tmp_path: Path) -> None:
-    """tests/docs/test_evaluation.py does so with the real model."""
+    """tests/test_real_model.py runs it with the real model."""
     save_tiny_model(tmp_path / "tiny")
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 20)

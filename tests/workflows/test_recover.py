@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from grasp import cli
 from grasp.calibration import builtin_kinds
+from grasp.checkpoint import run_folder
 from grasp.checkpoint.compression_report import kinds_text
 from grasp.checkpoint.inspection import inspect_checkpoint
 from grasp.checkpoint.recovery_report import RecoveryReport
@@ -28,16 +26,10 @@ from grasp.workflows.convert import convert
 from grasp.workflows.quantize import quantize
 from grasp.workflows.samples import Samples
 from tests import command_line
+from tests.interrupted import Killed, stop_at
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it does so once more. " * 40
 OPTIONS = ("--seq-len", 32, "--batch-size", 8, "--learning-rate", 0.01, "--tokens", 8000)
-# `python -m grasp`, but the progress is stored after every step.
-OFTEN = """
-import runpy
-from grasp.checkpoint import run_folder
-run_folder.INTERVAL, run_folder.WRITE_FRACTION = 0.0, float("inf")
-runpy.run_module("grasp", run_name="__main__")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -166,38 +158,29 @@ def test_a_card_that_cannot_be_read_is_refused_before_the_model_is_loaded(tmp_pa
         recovery_job.recover(tmp_path / "small", tmp_path / "out", RecoveryConfig(), recovery_job.TrainingData())
 
 
-@pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_weights_and_refuses_other_settings(place: Path, tmp_path: Path) -> None:
-    arguments = ["recover", "small", "-o", tmp_path / "out", "--text", "text.txt", *OPTIONS, "--json"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", OFTEN, *map(str, arguments)],
-        cwd=place,
-        env=command_line.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    partial = tmp_path / "out.partial"
-    while not list(partial.glob("training.*")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.001)
-    time.sleep(0.1)
-    process.kill()
-    process.communicate(timeout=60)
+def test_a_stopped_run_resumes_to_the_same_weights_and_refuses_other_settings(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def job(batch_size: int) -> None:
+        data = recovery_job.TrainingData(str(place / "text.txt"), None, 32)
+        config = RecoveryConfig(0.01, 8000, batch_size)
+        recovery_job.recover(place / "small", tmp_path / "out", config, data, progress=stop_at("recovery", 3))
+
+    monkeypatch.setattr(run_folder, "INTERVAL", 0.0)  # the progress is stored after every step
+    monkeypatch.setattr(run_folder, "WRITE_FRACTION", float("inf"))
+    with pytest.raises(Killed):
+        job(8)
     assert not (tmp_path / "out").exists()
 
-    data = recovery_job.TrainingData(str(place / "text.txt"), None, 32)
     with pytest.raises(ResumeError, match=r"batch_size is 4, expected 8"):
-        recovery_job.recover(place / "small", tmp_path / "out", RecoveryConfig(0.01, 8000, 4), data)
-    continued = command_line.grasp(*arguments, cwd=place)
-    assert continued.returncode == 0, continued.stderr
+        job(4)
+    continued = recover(place, tmp_path / "out", "--json")
+    assert continued.exit_code == 0, continued.stderr
     assert "resuming after " in continued.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
-    whole = command_line.grasp(
-        *(tmp_path / "whole" if item == tmp_path / "out" else item for item in arguments), cwd=place
-    )
-    assert whole.returncode == 0, whole.stderr
+    whole = recover(place, tmp_path / "whole", "--json")
+    assert whole.exit_code == 0, whole.stderr
     curves = [json.loads(run.stdout)["report"]["curve"] for run in (continued, whole)]
     assert curves[0] == curves[1]
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole")]
