@@ -296,7 +296,7 @@ def read_license(source: str) -> dict[str, str]:
         return dict(BUILTIN_LICENSE)
     try:
         path = hf_hub_download(source, "README.md") if is_hub_name(source) else Path(source) / "README.md"
-        data = ModelCard.load(path).data.to_dict()
+        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()  # of results, which are not read
     except (*HUB_ERRORS, *BAD_ANSWERS, OSError, YAMLError):  # what is no card has values of other types
         return {}
     return {key: str(data[key]) for key in _LICENSE_KEYS if data.get(key)}

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -92,3 +93,5 @@ def _tokens(batches: Sequence[CalibrationBatch]) -> Iterator[tuple[str, Tensor]]
         yield "ids", batch.input_ids
         if batch.attention_mask is not None:
             yield "mask", batch.attention_mask
+        if batch.context:
+            yield "context", torch.tensor(batch.context)

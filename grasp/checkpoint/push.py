@@ -37,8 +37,8 @@ _ALLOWED = (
     *("README.md", FIGURE, *LICENSES),
     *(compression_report.FILE_NAME, recovery_report.FILE_NAME),
 )
-# What an earlier upload has and a new one may lack.
-_REPLACED = ("model*.safetensors", "model.safetensors.index.json", recovery_report.FILE_NAME)
+# What an earlier upload may have and a new one may lack; licences stay.
+_REPLACED = ("model*.safetensors", *(pattern for pattern in _ALLOWED if pattern not in LICENSES))
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _REMEDIES = {
     401: "the token is not valid: run `hf auth login` again, or set HF_TOKEN",
@@ -53,8 +53,9 @@ _FAILURES: tuple[type[Exception], ...] = (*HUB_ERRORS, *BAD_ANSWERS, OSError, Ru
 def push(directory: str | Path, repo_id: str, *, private: bool = False, progress: Progress = no_progress) -> str:
     """Upload a checkpoint folder to a model repository in one commit; a missing repository is created.
 
-    The same commit removes weights, and a recovery report, of an earlier upload that the folder does not have:
-    transformers would load ``model.safetensors`` in the place of new shards. Only the files of a checkpoint are sent.
+    The same commit removes what an earlier upload has and the folder has not, but for licences and results:
+    transformers would load ``model.safetensors`` in the place of new shards, and another model's chat template. Only
+    the files of a checkpoint are sent.
     A folder without a model card gets one first. After a failure, the same call resumes: files that the hub has are not
     sent again. The token is that of the hub's client (``hf auth login`` or HF_TOKEN).
 
@@ -104,7 +105,7 @@ def push(directory: str | Path, repo_id: str, *, private: bool = False, progress
 
 def _is_replaced(name: str) -> bool:
     """Whether a file of a repository is a part of the checkpoint that an upload replaces."""
-    return "/" not in name and any(fnmatchcase(name, pattern) for pattern in _REPLACED)
+    return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in _REPLACED)
 
 
 def require_pushable(folder: Path, repo_id: str) -> Inspection:

@@ -133,7 +133,9 @@ def new_folder(target: Path, texts: Mapping[str, str], seen: Contents) -> Iterat
                 if Path(name).name != name or (folder / name).exists():
                     raise ValueError(f"extra file {name!r} must be a plain name that no file of the checkpoint has")
                 (folder / name).write_text(text, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:  # which tokenizers raises
+            raise
         raise CheckpointError(
             f"writing {target} failed, it is as it was before or complete: {error}. Free some space, or give a "
             "writable folder"

@@ -41,15 +41,13 @@ def linear_replacement(run: Run, plan: Plan) -> list[Candidate]:
     Everything else stays dense. There is no candidate if the budget needs all layers but the first, if the remaining
     layers could not be renumbered, or if no linear can take in the map, as in Gemma-3, which has a norm after the MLP.
     """
-    block = _block(run, plan)
-    if not block or not can_remove(run.model, block):
+    blocks = _blocks(run, plan)
+    if not any(_takes_map(run, block.start - 1) for block in [*blocks[:1], *blocks[-1:]]):
         return []
+    scores = block_influence(run.model, run.batches, span=len(blocks[0]), processes=run.processes)
+    block = min(blocks, key=lambda block: scores[block.start])
     before = block.start - 1
-    try:
-        added = last_added(run.model, before)
-    except UnsupportedModelError:
-        return []
-    if added.linear is None:
+    if not can_remove(run.model, block) or (added := _takes_map(run, before)) is None:
         return []
     with run.processes.fail_together():
         prefix = capture_prefix(
@@ -57,7 +55,7 @@ def linear_replacement(run: Run, plan: Plan) -> list[Candidate]:
             dtype=run.config.sweep_dtype,
             scratch=run.scratch,
         )
-        sums = _map_sums(prefix, range(before, block.stop), run.model.get_submodule(added.module))
+        sums = _map_sums(prefix, range(before, block.stop), run.model.get_submodule(added))
     run.processes.sum_(sums)
     ((_, file),) = run.processes.map_divided([block], lambda _: run.state.write(_MAP, {_MAP: linear_map(*sums)}))
     return [Candidate(f"layers {layer_ranges(block)} replaced by a linear map", tuple(block), {}, file)]
@@ -85,11 +83,20 @@ def merge_(run: Run, decision: Decision, reports: Sequence[ModuleReport]) -> lis
     return [replace(report, reason=TAKES_MAP) if report.name == target.name else report for report in reports]
 
 
-def _block(run: Run, plan: Plan) -> range:
-    """The shortest block that meets the budget; of several, the one that changes the hidden states least; or none."""
+def _takes_map(run: Run, layer: int) -> str | None:
+    """The path of the module whose output a map would be applied to; ``None`` if no linear can take the map in."""
+    try:
+        added = last_added(run.model, layer)
+    except UnsupportedModelError:
+        return None
+    return None if added.linear is None else added.module
+
+
+def _blocks(run: Run, plan: Plan) -> list[range]:
+    """The shortest blocks that meet the budget; none if all layers but the first would have to go."""
     saving, depth, allowed = required_saving(run.prices, plan), len(decoder(run.model).layers), {*plan.layers}
     if saving <= 0:
-        return range(0)
+        return []
     for count in range(1, depth):
         blocks = [
             range(start, start + count)
@@ -98,9 +105,8 @@ def _block(run: Run, plan: Plan) -> range:
             and math.fsum(map(run.prices.layer, range(start, start + count))) >= saving
         ]
         if blocks:
-            scores = block_influence(run.model, run.batches, span=count, processes=run.processes)
-            return min(blocks, key=lambda block: scores[block.start])
-    return range(0)
+            return blocks
+    return []
 
 
 @torch.no_grad()

@@ -95,8 +95,8 @@ def _divergences(
 
 
 def _rounded_otherwise(hidden: Tensor) -> Tensor:
-    """Hidden states with other errors of rounding."""
-    noise = torch.rand(hidden.shape, generator=torch.Generator().manual_seed(0)) - 0.5
+    """Hidden states with other errors of rounding, the same whatever is in a batch."""
+    noise = torch.rand(hidden.shape[1:], generator=torch.Generator().manual_seed(0)) - 0.5
     return (hidden + hidden * (noise * torch.finfo(hidden.dtype).eps)).to(hidden.dtype)
 
 

@@ -81,7 +81,7 @@ def start_run(
     targets, left = eligible_targets(model)
     prices = find_prices(config, model, targets, costs, may_remove=bool(held_out))
     given = [*batches, *held_out]
-    tokens = [batch.num_tokens for batch in given]
+    tokens = [(batch.num_tokens, batch.context) for batch in given]
     processes.require_same("the request", f"{config} {before} {tokens} {batches_digest(given)}")
     linears = [target for members in targets.values() for target in members]
     budget = MemoryBudget.of(

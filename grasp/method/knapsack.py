@@ -139,8 +139,12 @@ def _add_matrix(best: Array, choices: Choices, extra: npt.NDArray[np.int64]) -> 
     """The least loss with one more matrix, for each number of steps, and the choice that gives it."""
     total = np.full(len(best), np.inf)
     decisions = np.zeros(len(best), dtype=np.int32)
-    for j in np.flatnonzero(extra < len(best)):
-        candidate = best[: len(best) - extra[j]] + choices.losses[j]
+    losses = np.asarray(choices.losses)
+    order = np.lexsort((losses, extra))
+    lowest_before = np.minimum.accumulate(np.concatenate(([np.inf], losses[order][:-1])))
+    order = order[losses[order] < lowest_before]  # another that costs no more steps loses as little
+    for j in order[extra[order] < len(best)]:
+        candidate = best[: len(best) - extra[j]] + losses[j]
         better = candidate < total[extra[j] :]
         total[extra[j] :][better] = candidate[better]
         decisions[extra[j] :][better] = j

@@ -38,7 +38,10 @@ class KernelLinear(nn.Linear):
         rows = math.inf if is_exporting() else CPU_ROWS.get(x.dtype, 0)  # then the op chooses when it is called
         if not x.is_cpu or is_grad_enabled() or x.numel() > self.in_features * rows:
             return super().forward(x)
-        return lowrank_linear(x, self.others, None, self.weight, self.bias, self.order)
+        others, order, outputs = self.others, self.order, len(self.weight)
+        if others.dtype != x.dtype or len(order) != outputs:  # the weight is another by now
+            others, order = x.new_empty(0, outputs), torch.arange(outputs, dtype=torch.int32)
+        return lowrank_linear(x, others, None, self.weight, self.bias, order)
 
 
 def use_kernel_(model: nn.Module) -> int:

@@ -172,6 +172,7 @@ def quantized_product(
     fits = x.is_cpu or weight.numel() < MOST_ELEMENTS
     # An exported program has one path for any number of rows; the op chooses when it is called.
     if fits and (is_exporting() or x.numel() <= x.shape[-1] * KERNEL_ROWS.get(x.device.type, {}).get(x.dtype, 0)):
+        others = others if others.dtype == x.dtype else others.to(x.dtype)  # the scales may have another dtype by now
         return lowrank_linear(x, others, None, weight, bias, order, None, scales)
     return F.linear(x, dequantize(weight, scales, x.shape[-1], x.dtype), bias)
 

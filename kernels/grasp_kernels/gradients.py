@@ -115,8 +115,19 @@ def lowrank_linear_grouped_setup(ctx: Any, inputs: tuple[Any, ...], output: Any)
 
 def lowrank_linear_grouped_backward(ctx: Any, grad_ys: Sequence[Tensor]) -> tuple[Any, ...]:
     """Gradients in the arguments of ``grasp::lowrank_linear_grouped``, in their order."""
-    needs_x, grad_x = ctx.needs_input_grad[0], None
+    return _member_grads(ctx, *_saved_members(ctx), grad_ys)
+
+
+def lowrank_linear_merged_backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+    """Gradients in the arguments of ``grasp::lowrank_linear_merged``, in their order."""
     x, members = _saved_members(ctx)
+    return _member_grads(ctx, x, members, grad_y.split([member.out_features for member in members], dim=-1))
+
+
+def _member_grads(
+    ctx: Any, x: Tensor, members: Sequence[Factors | Dense], grad_ys: Sequence[Tensor]
+) -> tuple[Any, ...]:
+    needs_x, grad_x = ctx.needs_input_grad[0], None
     grads: list[list[Tensor | None]] = [[] for _ in range(FIELDS)]
     for index, (grad_y, member) in enumerate(zip(grad_ys, members, strict=True)):
         needs = [needs_x, *(tensor is not None and tensor.requires_grad for tensor in member)]
@@ -132,14 +143,8 @@ def lowrank_linear_grouped_backward(ctx: Any, grad_ys: Sequence[Tensor]) -> tupl
     return None if grad_x is None else grad_x.view_as(x), *grads, None, None
 
 
-def lowrank_linear_merged_backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-    """Gradients in the arguments of ``grasp::lowrank_linear_merged``, in their order."""
-    _, members = _saved_members(ctx)
-    return lowrank_linear_grouped_backward(ctx, grad_y.split([member.out_features for member in members], dim=-1))
-
-
 def _saved_members(ctx: Any) -> tuple[Tensor, list[Factors | Dense]]:
-    """x and the members of the call."""
+    """x and the members of the call. Once in a backward: under activation checkpointing it computes them again."""
     x, *flat = ctx.saved_tensors
     remaining = iter(flat)
     return x, to_members([[next(remaining) for _ in range(count)] for count in ctx.counts], ctx.present)

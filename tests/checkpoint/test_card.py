@@ -120,6 +120,8 @@ def test_licence_is_read_from_a_folder(tmp_path: Path) -> None:
     assert read_license(str(tmp_path)) == {}
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: mine\ntags: [a]\n---\n# A\n")
     assert read_license(str(tmp_path)) == {"license": "other", "license_name": "mine"}
+    (tmp_path / "README.md").write_text("---\nlicense: mit\nmodel-index: [{name: A}]\n---\n")  # which has no results
+    assert read_license(str(tmp_path)) == {"license": "mit"}
     for damaged in ("no front matter", "---\ntags: 5\n---\n"):
         (tmp_path / "README.md").write_text(damaged)
         assert read_license(str(tmp_path)) == {}

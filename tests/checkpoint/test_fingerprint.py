@@ -15,8 +15,10 @@ from grasp.model.batch import CalibrationBatch
 from tests.tiny_models import tiny_batches, tiny_model
 
 
-def fingerprint(model: Any = None, tokens: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Any]:
-    batch = CalibrationBatch(tiny_batches(1)[0] if tokens is None else tokens, mask)
+def fingerprint(
+    model: Any = None, tokens: Tensor | None = None, mask: Tensor | None = None, context: int = 0
+) -> dict[str, Any]:
+    batch = CalibrationBatch(tiny_batches(1)[0] if tokens is None else tokens, mask, context)
     return request_fingerprint(tiny_model("llama") if model is None else model, [batch], [], GraspConfig(num_layers=1))
 
 
@@ -49,9 +51,10 @@ def test_an_offloaded_model_has_the_fingerprint_of_the_model() -> None:
         {"tokens": tiny_batches(1)[0].reshape(4, 6)},
         {"mask": torch.ones(2, 12, dtype=torch.bool)},
         {"mask": torch.ones(2, 12, dtype=torch.bool).tril(8)},
+        {"context": 3},
     ],
 )
-def test_other_tokens_shapes_or_masks_are_another_text(changed: dict[str, Tensor]) -> None:
+def test_other_tokens_shapes_masks_or_contexts_are_another_text(changed: dict[str, Any]) -> None:
     assert fingerprint(**changed)["calibration tokens"] != fingerprint()["calibration tokens"]
 
 

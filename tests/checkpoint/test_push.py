@@ -103,12 +103,14 @@ def test_a_folder_arrives_whole_without_what_is_unfinished_or_hidden_and_again_o
     assert ModelCard(online.files["README.md"].decode()).data.library_name == "transformers"
 
     sent = list(online.uploads)
-    online.files |= dict.fromkeys(("model.safetensors", "recovery.json", "model-onnx/model.safetensors"), b"earlier")
+    stale = ("model.safetensors", "recovery.json", "vocab.txt", "additional_chat_templates/tools.jinja")
+    staying = ("model-onnx/model.safetensors", "LICENSE.txt", "notes.md")
+    online.files |= dict.fromkeys((*stale, *staying), b"earlier")
     (folder / "README.md").write_text("---\ntags: [mine]\n---\n# Mine\n")
     again = main("push", folder, "someone/small", "--private")
     assert again.code == 0, again.err
     assert online.uploads == sent
-    assert online.files.keys() == expected | {"README.md", "model-onnx/model.safetensors"}
+    assert online.files.keys() == expected | {"README.md", *staying}
     assert online.files["README.md"] == b"---\ntags: [mine]\n---\n# Mine\n"
     assert online.repositories == {"someone/small": "private"}
 

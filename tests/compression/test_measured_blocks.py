@@ -99,8 +99,9 @@ def test_few_tokens_of_all_held_out_sequences_are_measured(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_hidden_states_rounded_otherwise_differ_by_a_unit_in_the_last_place(dtype: torch.dtype) -> None:
-    hidden = torch.randn(64, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    hidden = torch.randn(2, 32, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
     other = _rounded_otherwise(hidden)
+    assert torch.equal(_rounded_otherwise(hidden[1:]), other[1:])
     assert other.dtype == dtype
     changed = (other != hidden).float().mean()
     assert 0.1 < changed < 0.9

@@ -59,6 +59,16 @@ def test_a_model_keeps_its_parameters_and_compiles() -> None:
         torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(tokens).logits, expected)
 
 
+def test_a_weight_may_be_replaced_by_one_of_another_dtype_or_size() -> None:
+    use_kernel_(linear := nn.Linear(8, 4))
+    with torch.no_grad():
+        linear.weight.data, linear.bias.data = linear.weight.bfloat16(), linear.bias.bfloat16()
+        x = torch.randn(1, 8, dtype=torch.bfloat16)
+        torch.testing.assert_close(linear(x), nn.functional.linear(x, linear.weight, linear.bias))
+        linear.weight, linear.bias = nn.Parameter(torch.randn(6, 8)), None
+        torch.testing.assert_close(linear(x.float()), nn.functional.linear(x.float(), linear.weight))
+
+
 def test_an_exported_linear_takes_any_number_of_rows() -> None:
     use_kernel_(linear := nn.Linear(8, 4))
     with torch.no_grad():

@@ -124,6 +124,10 @@ def test_another_dtype_leaves_the_values(dtype: torch.dtype, storage: Storage) -
     values: Tensor = layer.weight.clone()
     y = layer.to(dtype)(torch.ones(2, 8, dtype=dtype))
     assert y.dtype == dtype
+    replaced = QuantizedLinear(nn.Linear(8, 4), storage)
+    for name, parameter in layer.named_parameters():
+        replaced.get_parameter(name).data = parameter.data  # whose buffers are as they were
+    torch.testing.assert_close(replaced(torch.ones(2, 8, dtype=dtype)), y, rtol=0, atol=0)
     assert layer.weight.dtype == values.dtype
     assert torch.equal(layer.weight.float(), values.float())
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from grasp_kernels import (
     Dense,
@@ -180,6 +181,20 @@ def test_outputs_of_a_group_may_be_unused() -> None:
     for got, expected in zip(grads[:4], torch.autograd.grad(alone, inputs[:4]), strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     assert all(grad is None or not grad.any() for grad in grads[4:])
+
+
+@pytest.mark.parametrize("run", [lowrank_linear_grouped, lowrank_linear_merged])
+def test_a_group_is_trained_under_activation_checkpointing(run: Callable[..., Any]) -> None:
+    _, inputs = linear_case(s=False, bias=False)
+    group = [Factors(inputs[1], None, inputs[2])] * 2
+
+    def loss(x: Tensor) -> Tensor:
+        y = run(x, group)
+        return sum(part.sin().sum() for part in ([y] if isinstance(y, Tensor) else y))
+
+    expected = torch.autograd.grad(loss(inputs[0]), inputs)
+    got = torch.autograd.grad(checkpoint(loss, inputs[0], use_reentrant=False), inputs)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
 def test_a_tensor_shared_by_two_groups_gets_the_sum() -> None:
