@@ -44,18 +44,22 @@ needs_compiler = pytest.mark.skipif(
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """The sources without anything built."""
+def copied_to(folder: Path) -> Path:
+    """A checkout of the sources, without anything built."""
     unwanted = shutil.ignore_patterns("*.so", "*.a", "__pycache__")
     for name in SOURCES:
-        source, target = ROOT / name, tmp_path / "checkout" / name
+        source, target = ROOT / name, folder / "checkout" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
             shutil.copytree(source, target, ignore=unwanted)
         else:
             shutil.copy(source, target)
-    return tmp_path / "checkout"
+    return folder / "checkout"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    return copied_to(tmp_path)
 
 
 def run(*command: str | Path, cwd: Path, **variables: str) -> str:
@@ -77,20 +81,26 @@ def isolated(code: str, packages: Path) -> str:
     return run(sys.executable, "-S", "-c", code, cwd=packages, PYTHONPATH=paths)  # -S: no .pth files
 
 
-@pytest.fixture
-def quick_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout from which pip has made a wheel, beside it, in an environment without torch."""
+    folder = tmp_path_factory.mktemp("wheel")
+    checkout = copied_to(folder)
+    pip("wheel", ".", "--no-deps", "--quiet", "--wheel-dir", folder, cwd=checkout, CXX=quick_compiler(folder))
+    return checkout
+
+
+def quick_compiler(folder: Path) -> str:
     """A C++ compiler that leaves out the optimisation, which takes most of the time."""
-    script = tmp_path / "c++"
+    script = folder / "c++"
     script.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
     script.chmod(0o755)
-    monkeypatch.setenv("CXX", f"env {script}")  # several words, as with ccache
+    return f"env {script}"  # several words, as with ccache
 
 
 @needs_compiler
-@pytest.mark.usefixtures("quick_compiler")
-def test_a_wheel_is_built_without_torch_and_brings_kernels_header_and_library(checkout: Path, tmp_path: Path) -> None:
-    pip("wheel", ".", "--no-deps", "--quiet", "--wheel-dir", tmp_path, cwd=checkout)
-    (wheel,) = tmp_path.glob("*.whl")
+def test_a_wheel_brings_kernels_header_and_library(built: Path, tmp_path: Path) -> None:
+    (wheel,) = built.parent.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert f"grasp_kernels/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}" in names
     headers = {"grasp_kernels/include/lowrank.h", "grasp_kernels/lib/libgrasp_lowrank.a"}
@@ -102,20 +112,20 @@ def test_a_wheel_is_built_without_torch_and_brings_kernels_header_and_library(ch
 
 
 @needs_compiler
-@pytest.mark.usefixtures("quick_compiler")
-def test_an_editable_install_finds_the_kernels_and_rebuilds_only_what_changed(checkout: Path, tmp_path: Path) -> None:
+def test_an_editable_install_finds_the_kernels_and_rebuilds_only_what_changed(built: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
     (site / "ours.pth").write_text(sysconfig.get_path("purelib"))
+    compiler = quick_compiler(built.parent)
     install = ("install", "--no-deps", "--no-build-isolation", "--ignore-installed", "--quiet")
-    run(python, "-m", "pip", *install, "--editable", ".", cwd=checkout)
-    assert str(checkout) in run(python, "-c", USE, cwd=tmp_path, PYTHONPATH="")
+    run(python, "-m", "pip", *install, "--editable", ".", cwd=built, CXX=compiler)
+    assert str(built) in run(python, "-c", USE, cwd=tmp_path, PYTHONPATH="")
 
     build = (python, "setup.py", "build_ext", "--inplace")
-    assert "no work to do" in run(*build, cwd=checkout)
-    (checkout / "csrc" / "cpu" / "isa.cpp").touch()
-    output = run(*build, cwd=checkout)
+    assert "no work to do" in run(*build, cwd=built, CXX=compiler)
+    (built / "csrc" / "cpu" / "isa.cpp").touch()
+    output = run(*build, cwd=built, CXX=compiler)
     assert "isa.o" in output
     assert "avx2.o -c" not in output
     assert "[3/3]" in output  # the object, the library, the module

@@ -141,6 +141,11 @@ class LowRankLinear(nn.Module):
         return layer.train(linear.training)
 
     @classmethod
+    def _unset(cls, linear: DenseLinear, rank: int, *, pivoted: bool = False) -> LowRankLinear:
+        """``like``, on the device where the linear runs, with factors that are still to be set: nothing is drawn."""
+        return cls.like(linear, rank, pivoted=pivoted, device="meta").to_empty(device=execution_device(linear))
+
+    @classmethod
     def from_dense(cls, linear: DenseLinear, indices: Tensor, svd: SVD | None = None) -> LowRankLinear:
         """Make a low-rank linear from some singular groups of a dense linear.
 
@@ -160,7 +165,7 @@ class LowRankLinear(nn.Module):
             raise ValueError(f"indices must be one or more distinct integers in 0..{groups - 1}; got {retained}")
         U, S, Vh = decompose(dense_weight(linear)) if svd is None else svd
         indices = indices.to(S.device)
-        layer = cls.like(linear, len(retained), device=execution_device(linear))
+        layer = cls._unset(linear, len(retained))
         with torch.no_grad():
             left, right = _balanced(SVD(U[:, indices], S[indices], Vh[indices]), linear.weight.dtype)
             layer.U.copy_(left)
@@ -172,7 +177,7 @@ class LowRankLinear(nn.Module):
     @classmethod
     def from_factors(cls, linear: DenseLinear, tensors: Mapping[str, Tensor]) -> LowRankLinear:
         """The low-rank linear, in place of a dense one, whose ``state_dict`` is ``tensors``."""
-        layer = cls.like(linear, len(tensors["Vh"]), pivoted="order" in tensors, device=execution_device(linear))
+        layer = cls._unset(linear, len(tensors["Vh"]), pivoted="order" in tensors)
         layer.load_state_dict(dict(tensors))
         return layer
 

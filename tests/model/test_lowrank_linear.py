@@ -52,6 +52,13 @@ def test_the_given_groups_are_retained() -> None:
     torch.testing.assert_close(low_rank.dense_weight(), expected, rtol=0, atol=1e-12)
 
 
+def test_no_random_numbers_are_drawn_for_given_factors() -> None:
+    dense, state = nn.Linear(6, 8), torch.get_rng_state()
+    layer = LowRankLinear.from_dense(dense, torch.arange(3))
+    LowRankLinear.from_factors(dense, layer.state_dict())
+    assert torch.get_rng_state().equal(state)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_zero_singular_values_have_zero_factors(dtype: torch.dtype) -> None:
     dense = nn.Linear(16, 16, bias=False).to(dtype)
