@@ -108,7 +108,7 @@ def difference(model: PreTrainedModel, factors: Mapping[Target, SVD], dtype: str
         torch.linalg.vector_norm(got.double() - expected) / torch.linalg.vector_norm(expected)
         for target, sums in exact.items()
         for got, expected in zip((*covariances[target][:2], *moments[target]), sums, strict=True)
-        if got is not None
+        if isinstance(got, Tensor)
     ]
     return float(torch.stack(errors).max())  # NaN if one is
 

@@ -166,7 +166,7 @@ def _low_rank(svds: Mapping[Target, SVD], ranks: Ranks) -> dict[str, LowRankLine
 def _decomposed(target: Target, covariance: Covariance) -> SVD:
     """The groups up to the break-even rank."""
     A, B, tokens = covariance
-    assert B is not None  # as gathered
+    assert isinstance(B, Tensor)  # as gathered
     weight, rank = dense_weight(target.module), break_even_rank(dense_shape(target.module), "factored")
     return decompose_in(weight, shrunk(A, tokens, INPUTS), shrunk(B, tokens, GRADIENTS), target.name, rank)
 

@@ -10,7 +10,7 @@ from grasp.compression.candidates import HELD_OUT, MEASURED_TOKENS
 from grasp.compression.eligible import eligible_targets
 from grasp.compression.job import CompressionJob
 from grasp.compression.layer_cost import Tracer
-from grasp.compression.memory import form_in_sweeps, is_down, retained_groups
+from grasp.compression.memory import form_in_sweeps, is_down, projected_outputs, retained_groups
 from grasp.compression.span_plan import PlannedSpan
 from grasp.config import GraspConfig
 from grasp.method.basis import BASES
@@ -157,7 +157,7 @@ class FlopCounter:
             prefix=prefix,
             sweeps=job.passes_per_sweep * sweeps,
             statistics=job.rounds * _statistics_flops(job, self._tokens, targets),
-            decompositions=job.rounds * sum(_decomposition_flops(job.config, shape) for shape in _shapes(targets))
+            decompositions=job.rounds * sum(_decomposition_flops(job.config, target) for target in targets)
             + sum(narrow_flops(dense_shape(t.module)) for t in targets if job.config.narrows and is_down(t)),
             held_out=held_out if job.config.decides_together and compares else 0,
             **quantizing,
@@ -218,11 +218,23 @@ def _statistics_flops(job: CompressionJob, tokens: int, targets: Sequence[Target
         for n, k in _shapes(targets):
             work = (tokens, n, k, min(n, k))
             flops += min(dense_flops(*work), factored_flops(*work))
-    covariances = covariance_bytes(targets, outputs=basis.outputs) if basis.inputs else 0
-    return flops + tokens * covariances // job.sum_bytes
+    if basis.inputs:
+        flops += tokens * covariance_bytes(targets, outputs=False) // job.sum_bytes
+    if basis.outputs:
+        projected = projected_outputs(targets, job.config)
+        for target in targets:
+            n, k = dense_shape(target.module)
+            flops += tokens * (2 * n * k + k * k if target in projected else n * n)
+    return flops
 
 
-def _decomposition_flops(config: GraspConfig, shape: Shape) -> int:
-    basis, rank = BASES[config.basis], retained_groups(config, shape)
+def _decomposition_flops(config: GraspConfig, target: Target) -> int:
+    basis, shape = BASES[config.basis], dense_shape(target.module)
     rounding = 0 if config.fewest_bits is None else rounding_flops(shape)
-    return rounding + decomposition_flops(shape, inputs=basis.inputs, outputs=basis.outputs, rank=rank)
+    return rounding + decomposition_flops(
+        shape,
+        inputs=basis.inputs,
+        outputs=basis.outputs,
+        projected=target in projected_outputs([target], config),
+        rank=retained_groups(config, shape),
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -24,9 +24,10 @@ from grasp.method.svd import decomposition_bytes
 from grasp.model.dense import dense_shape
 from grasp.model.narrowing import DOWN
 from grasp.model.targets import Target, decoder, vocabulary_size
-from grasp.statistics.covariance import covariance_bytes, item_bytes
+from grasp.statistics.covariance import covariance_bytes, is_projected_cheaper, item_bytes
 from grasp.statistics.gradients import dense_is_cheaper
 from grasp.statistics.loss import slice_rows
+from grasp_kernels.products import PANEL
 
 LIBRARY_BYTES = 2**26  # workspaces of libraries, and what the allocator keeps between two ``return_freed_memory``
 # oneDNN keeps the code of products of 16-bit numbers on a CPU: 0.55 to 0.75 MB were measured for each of 1024 shapes.
@@ -60,10 +61,11 @@ def span_memory(
     """
     layers = range(min(target.layer for target in targets), len(decoder(tracer.model).layers))
     form = form_in_sweeps(config)
-    needs = needs_of(tracer, targets, layers, ranks, form=form, dtype=dtype)
+    shared = {"form": form, "dtype": dtype, "projected": projected_outputs(targets, config)}
+    needs = needs_of(tracer, targets, layers, ranks, **shared)  # type: ignore[arg-type]
     if ranks is None and config.schedule == "progressive":
         most = {target.name: break_even_rank(dense_shape(target.module), config.form) for target in targets}
-        low = needs_of(tracer, targets, layers, most, form=form, dtype=dtype)
+        low = needs_of(tracer, targets, layers, most, **shared)  # type: ignore[arg-type]
         needs = {layer: LayerNeeds(*map(max, needs[layer], low[layer])) for layer in layers}
     return SpanMemory(
         targets=targets,
@@ -150,11 +152,23 @@ def statistics_bytes(targets: Collection[Target], config: GraspConfig, tokens: i
     shapes = [(item_bytes(target), *dense_shape(target.module)) for target in targets]
     groups = sum(itemsize * min(n, k) * (n + k + 2) for itemsize, n, k in shapes)
     if basis.inputs:
-        covariances = covariance_bytes(targets, outputs=basis.outputs)
+        projected = projected_outputs(targets, config)
+        covariances = covariance_bytes(targets, outputs=basis.outputs, projected=projected)
         return covariances if METRICS[config.metric].moment == "none" else max(covariances, groups)
     return sum(
         itemsize * (n * k if dense_is_cheaper((n, k), tokens) else min(n, k) * (n + k + 2)) for itemsize, n, k in shapes
     )
+
+
+def projected_outputs(targets: Iterable[Target], config: GraspConfig) -> frozenset[Target]:
+    """The targets whose output covariances are summed as ``Projected``: where that is cheaper, and suffices.
+
+    All of the covariance is read where the loss of fewer bits is predicted, and where channels before a linear may go.
+    """
+    if config.fewest_bits is not None or not BASES[config.basis].outputs:
+        return frozenset()
+    narrowed = (target for target in targets if not (config.narrows and is_down(target)))
+    return frozenset(target for target in narrowed if is_projected_cheaper(dense_shape(target.module)))
 
 
 def temporary_bytes(target: Target, config: GraspConfig) -> int:
@@ -162,7 +176,14 @@ def temporary_bytes(target: Target, config: GraspConfig) -> int:
     basis, shape = BASES[config.basis], dense_shape(target.module)
     groups = retained_groups(config, shape)
     itemsize = item_bytes(target)
-    needed = decomposition_bytes(shape, inputs=basis.inputs, outputs=basis.outputs, rank=groups, itemsize=itemsize)
+    needed = decomposition_bytes(
+        shape,
+        inputs=basis.inputs,
+        outputs=basis.outputs,
+        projected=target in projected_outputs([target], config),
+        rank=groups,
+        itemsize=itemsize,
+    )
     if config.narrows and is_down(target) and groups is not None:
         needed = max(needed, itemsize * groups * sum(shape) + narrow_bytes(shape, target.module.weight.itemsize))
     if config.fewest_bits is None or groups is None:
@@ -190,6 +211,7 @@ def needs_of(
     *,
     form: Form = "factored",
     dtype: torch.dtype | None = None,
+    projected: Collection[Target] = (),
 ) -> dict[int, LayerNeeds]:
     """What each layer takes while one batch passes and its linears are visited; layers of equal structure run once.
 
@@ -200,6 +222,7 @@ def needs_of(
         ranks: ranks of the low-rank linears that stand in for dense ones, by name. Their factors are counted.
         form: of these.
         dtype: of the weights, if it is another than that of the sweeps: a copy of the layer is counted.
+        projected: the linears whose output covariances are projected.
     """
     known = dict(tracer.model.named_modules())  # a loaded model may have been changed
     standing_in = {name: rank for name, rank in (ranks or {}).items() if name in known}
@@ -217,7 +240,7 @@ def needs_of(
         stored = sum(parameters_at(dense_shape(known[name]), rank, form) for name, rank in low.items())
         factors = tracer.model.dtype.itemsize * stored
         copied = 0 if dtype is None else copy_bytes(tracer, modules[layer], dtype)
-        visiting = visit_bytes(tracer, [dense_shape(target.module) for target in visited])
+        visiting = max((visit_bytes(tracer, target, target in projected) for target in visited), default=0)
         temporaries = cost.transient + visiting + states_bytes(tracer)
         needs[layer] = LayerNeeds(cost.saved + factors + copied, FRAGMENTATION * temporaries)
     return needs
@@ -228,10 +251,12 @@ def states_bytes(tracer: Tracer) -> int:
     return tracer.batch.input_ids.numel() * tracer.width * tracer.model.dtype.itemsize
 
 
-def visit_bytes(tracer: Tracer, shapes: Collection[Shape]) -> int:
+def visit_bytes(tracer: Tracer, target: Target, projected: bool) -> int:
     """Temporary bytes of adding one call to a sum: the tokens of 16-bit sweeps are converted to fp32."""
-    converted = 0 if tracer.model.dtype.itemsize >= 4 else 4 * tracer.batch.input_ids.numel()
-    return max((converted * (n + k) for n, k in shapes), default=0)
+    (n, k), tokens = dense_shape(target.module), tracer.batch.input_ids.numel()
+    converted = 0 if tracer.model.dtype.itemsize >= 4 else 4 * tokens
+    projecting = item_bytes(target) * (tokens * k + max(PANEL.values()) * n) if projected else 0
+    return converted * n + max(converted * k, projecting)
 
 
 def head_bytes(tracer: Tracer) -> int:

@@ -204,6 +204,7 @@ def channel_tensors(mlp: Mlp, target: Target, weight: Tensor, covariance: Covari
     if target != mlp.down:
         W = weight.to(A.dtype)
         return {"energy": ((W @ A.to(W.device)) * W).sum(1) * B.diagonal().to(W.device) / tokens**2}
+    assert isinstance(B, Tensor)
     tensors: dict[str, Tensor] = {}
     for width, left in narrow(weight, A, B, mlp.widths, target.name, tokens=tokens).items():
         named = {"channels": left.channels, "weight": left.weight, "loss": torch.tensor([left.loss])}

@@ -113,9 +113,9 @@ def write_groups(
 def rounding_score(weight: Tensor, covariance: Covariance, storage: Storage, name: str) -> Tensor:
     """The score of rounding a dense linear, in the units of those of groups: ``‖B^½ (W − Ŵ) A^½‖²``, one number."""
     A, B, tokens = covariance
-    assert B is not None
+    assert isinstance(B, Tensor)
     device = fp64_device(weight.device)
-    (more_A, total_A), (more_B, total_B) = (shrinkage(each, tokens, device, name) for each in (A, B))
+    (more_A, total_A), (more_B, total_B) = (shrinkage(each.diagonal(), tokens, device, name) for each in (A, B))
     error = weight.float() - round_to_outputs(weight, A, storage).matrix
     left, right = B.float() @ error + more_B * error, error @ A.float() + more_A * error
     return to_double(left * right, device).sum().reshape(1) / (total_A * total_B)

@@ -11,6 +11,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from grasp.compression.budget import Plan, ceilings
+from grasp.compression.memory import projected_outputs
 from grasp.compression.run import Run
 from grasp.compression.selection import Extra, Selections, read_selection, write_groups
 from grasp.compression.span_plan import PlannedSpan
@@ -117,6 +118,7 @@ def _score(
         layers=span.layers,
         basis=run.config.basis,
         metric=run.config.metric,
+        projected=projected_outputs(part, run.config),
         progress=run.progress if progress is None else progress,
         state=run.state if progress is None else None,  # the sums of a part of a sweep are not stored
         processes=run.processes,

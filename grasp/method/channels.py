@@ -104,7 +104,7 @@ def narrow(
 
 def _shrunk(total: Tensor, tokens: int | None, device: torch.device, name: str) -> Tensor:
     """The shrunk covariance of a sum, whose lower triangle is read, in fp64."""
-    more, count = shrinkage(total, tokens, device, name)
+    more, count = shrinkage(total.diagonal(), tokens, device, name)
     C = to_double(total, device, copy=True).tril_()
     C += C.tril(-1).mT
     C.diagonal().add_(more)

@@ -28,6 +28,17 @@ class SVD(NamedTuple):
     Vh: Tensor
 
 
+class Projected(NamedTuple):
+    """A covariance ``B = Σ d dᵀ`` of the N outputs of an (N, K) weight W, as far as ``decompose_in`` reads it."""
+
+    gram: Tensor  # ``Wᵀ B W``, (K, K)
+    squares: Tensor  # the diagonal of B, (N,)
+
+    def diagonal(self) -> Tensor:
+        """The diagonal of B, (N,)."""
+        return self.squares
+
+
 def decompose(weight: Tensor, name: str = "weight") -> SVD:
     """Singular value decomposition of an (N, K) weight, in fp32 (fp64 for fp64).
 
@@ -42,7 +53,7 @@ def decompose(weight: Tensor, name: str = "weight") -> SVD:
 def decompose_in(
     weight: Tensor,
     inputs: Tensor | None,
-    outputs: Tensor | None,
+    outputs: Tensor | Projected | None,
     name: str = "weight",
     rank: int | None = None,
     *,
@@ -57,7 +68,7 @@ def decompose_in(
     Args:
         weight: (N, K).
         inputs: ``Σ x xᵀ``, (K, K) symmetric, of which the lower triangle is read; ``None`` for the identity.
-        outputs: ``Σ d dᵀ``, (N, N), likewise.
+        outputs: ``Σ d dᵀ``, (N, N), likewise; ``Projected`` will do if N ≥ K.
         name: of the weight, for messages.
         rank: the number of groups, from the largest S on, of which U and Vh are returned; ``None`` for all.
         tokens: the covariances are sums over as many; ``None`` if they are exact means.
@@ -77,7 +88,11 @@ def decompose_in(
     weight, groups = weight.detach(), min(weight.shape)
     rank = groups if rank is None else min(rank, groups)
     place = fp64_device(weight.device)
-    tall, small, large = (weight, inputs, outputs) if _is_tall(weight.shape) else (weight.mT, outputs, inputs)
+    if _is_tall(weight.shape):
+        tall, small, large = weight, inputs, outputs
+    else:
+        assert not isinstance(outputs, Projected)  # the basis is that of the outputs
+        tall, small, large = weight.mT, outputs, inputs
     S, vectors, factor = _eigenvectors(tall, small, large, tokens, place, name)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     U, Vh = (weight.new_empty(size, dtype=dtype) for size in ((len(weight), rank), (rank, weight.shape[1])))
@@ -88,14 +103,14 @@ def decompose_in(
     return SVD(U, S.flip(0).to(weight.device, dtype), Vh)
 
 
-def shrinkage(covariance: Tensor, tokens: int | None, device: torch.device, name: str) -> tuple[float, float]:
+def shrinkage(diagonal: Tensor, tokens: int | None, device: torch.device, name: str) -> tuple[float, float]:
     """What is added to the diagonal of ``Σ x xᵀ``, and what the sum is divided by, to give the covariance.
 
     Few tokens say little about most directions, so it is shrunk to its mean eigenvalue, as by one more token for each
     of its dimensions (docs/tried.md), and damped by ``DAMPING``.
 
     Args:
-        covariance: the sum.
+        diagonal: of the sum.
         tokens: the number of its terms; ``None`` for an exact covariance, which is only damped.
         device: where to compute in fp64.
         name: of the weight, for messages.
@@ -103,7 +118,7 @@ def shrinkage(covariance: Tensor, tokens: int | None, device: torch.device, name
     Raises:
         NonFiniteError, ValueError: as ``decompose_in``.
     """
-    mean = float(to_double(covariance.diagonal(), device).mean())
+    mean = float(to_double(diagonal, device).mean())
     if not math.isfinite(mean):
         raise _non_finite_covariance(name)
     if not mean > 0:
@@ -112,12 +127,12 @@ def shrinkage(covariance: Tensor, tokens: int | None, device: torch.device, name
         )
     if tokens is None:
         return DAMPING * mean, 1.0
-    more = len(covariance)
+    more = len(diagonal)
     return (more + DAMPING * (tokens + more)) / tokens * mean, float(tokens + more)
 
 
 def decomposition_bytes(
-    shape: Shape, *, inputs: bool, outputs: bool, rank: int | None = None, itemsize: int = 4
+    shape: Shape, *, inputs: bool, outputs: bool, projected: bool = False, rank: int | None = None, itemsize: int = 4
 ) -> int:
     """Peak memory of ``decompose_in`` beyond the weight and the covariances, in bytes; its result is counted.
 
@@ -125,6 +140,7 @@ def decomposition_bytes(
         shape: (N, K) of the weight.
         inputs: whether there is a covariance of the inputs.
         outputs: whether there is a covariance of the outputs.
+        projected: whether it is ``Projected``.
         rank: the number of groups that are returned; ``None`` for all.
         itemsize: bytes of a number of the result.
     """
@@ -133,15 +149,17 @@ def decomposition_bytes(
     result = itemsize * (rank * (m + d) + d)
     if not (inputs or outputs):
         return itemsize * (d * (m + d) + d + 2 * m * d + 4 * d * d)  # all groups, two copies, LAPACK's workspace
-    small, large = (inputs, outputs) if _is_tall(shape) else (outputs, inputs)
+    small, large = (inputs, outputs and not projected) if _is_tall(shape) else (outputs, inputs)
     block, factor = min(BLOCK_ROWS, m), d * d if small else 0
     gram = d * d + block * d + (m * d + block * m if large else block * d)
     eigh = 3 * d * d + factor  # LAPACK's workspace has 2 d²
-    writing = d * d + factor + block * (rank + 2 * d)
+    writing = d * d + factor + block * (rank + d)
     return max(8 * gram, 8 * eigh, 8 * writing + result)
 
 
-def decomposition_flops(shape: Shape, *, inputs: bool, outputs: bool, rank: int | None = None) -> int:
+def decomposition_flops(
+    shape: Shape, *, inputs: bool, outputs: bool, projected: bool = False, rank: int | None = None
+) -> int:
     """FLOPs of ``decompose_in``; the arguments are those of ``decomposition_bytes``.
 
     An eigenvalue decomposition counts 14/3 d³: 4/3 to reduce it, 4/3 to divide and conquer, 2 to transform back.
@@ -150,7 +168,7 @@ def decomposition_flops(shape: Shape, *, inputs: bool, outputs: bool, rank: int 
     rank = d if rank is None else min(rank, d)
     if not (inputs or outputs):
         return 6 * m * d**2 + 20 * d**3  # Golub and Van Loan, Matrix Computations, 8.6
-    small, large = (inputs, outputs) if _is_tall(shape) else (outputs, inputs)
+    small, large = (inputs, outputs and not projected) if _is_tall(shape) else (outputs, inputs)
     gram = 2 * m * d**2 + (m**2 * d if large else 0)
     eigh = 14 * d**3 // 3 + (d**3 // 3 + 2 * d**3 if small else 0)
     return gram + eigh + 2 * m * d * rank + (2 * d**2 * rank if small else 0)
@@ -161,7 +179,12 @@ def _is_tall(shape: Sequence[int]) -> bool:
 
 
 def _eigenvectors(
-    weight: Tensor, small: Tensor | None, large: Tensor | None, tokens: int | None, device: torch.device, name: str
+    weight: Tensor,
+    small: Tensor | None,
+    large: Tensor | Projected | None,
+    tokens: int | None,
+    device: torch.device,
+    name: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """S (D,) and V (D, D) of an (M, D) weight, by ascending S, and L (D, D), all in fp64."""
     gram = _gram(weight, large, tokens, device, name)
@@ -193,15 +216,19 @@ def _write_left(out: Tensor, vectors: Tensor, factor: Tensor | None, weight: Ten
         out[rows] = (to_double(weight[rows], vectors.device) @ vectors).div_(S).flip(1)
 
 
-def _gram(weight: Tensor, outputs: Tensor | None, tokens: int | None, device: torch.device, name: str) -> Tensor:
+def _gram(
+    weight: Tensor, outputs: Tensor | Projected | None, tokens: int | None, device: torch.device, name: str
+) -> Tensor:
     """``Wᵀ B W`` of an (M, D) weight, (D, D) fp64."""
-    if outputs is not None:
-        floor, total = shrinkage(outputs, tokens, device, name)
+    floor, total = (1.0, 1.0) if outputs is None else shrinkage(outputs.diagonal(), tokens, device, name)
+    if isinstance(outputs, Tensor):
         return quadratic_form(outputs, to_double(weight, device), floor).div_(total)
     gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=device)
     for rows in row_blocks(len(weight)):
         block = to_double(weight[rows], device)
         gram.addmm_(block.mT, block)
+    if outputs is not None:
+        gram.mul_(floor).add_(outputs.gram.to(device)).div_(total)
     return gram
 
 
@@ -211,7 +238,7 @@ def cholesky_factor(covariance: Tensor, tokens: int | None, device: torch.device
     A covariance of few tokens has eigenvalues of 0, or below 0 by rounding. If the damping does not make up for the
     rounding, the eigenvalue decomposition is used, and negative eigenvalues count as 0.
     """
-    floor, total = shrinkage(covariance, tokens, device, name)
+    floor, total = shrinkage(covariance.diagonal(), tokens, device, name)
 
     def damped() -> Tensor:
         matrix = to_double(covariance, device, copy=True)

@@ -10,21 +10,26 @@ import torch
 from torch import Tensor
 
 from grasp.errors import NonFiniteError, UnsupportedModelError
-from grasp.model.dense import dense_shape
+from grasp.method.ranks import Shape
+from grasp.method.svd import Projected
+from grasp.model.dense import dense_shape, dense_weight
 from grasp.model.families import family_of
 from grasp.model.targets import Target
 from grasp.progress import Progress, no_progress
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sweep import Call, Prefix, sweep, sweep_name
-from grasp_kernels.products import accumulate_gram_, mirror_
+from grasp_kernels.products import accumulate_gram_, mirror_, project
 from grasp_kernels.reference import accumulation_dtype
 
 
 class Covariance(NamedTuple):
-    """Sums over the tokens of a linear, without padding. Divided by ``tokens`` they are A and B of the method."""
+    """Sums over the tokens of a linear, without padding. Divided by ``tokens`` they are A and B of the method.
+
+    d is the gradient of the summed negative log-likelihood.
+    """
 
     A: Tensor  # Σ x xᵀ, (K, K): one tensor for all linears that share an input
-    B: Tensor | None  # Σ d dᵀ, (N, N); d is the gradient of the summed negative log-likelihood
+    B: Tensor | Projected | None  # Σ d dᵀ, (N, N), or what a decomposition reads of it
     tokens: int
 
 
@@ -33,12 +38,14 @@ class CovarianceSums:
 
     Args:
         outputs: gather Σ d dᵀ too.
+        weights: (N, K) of the linears W whose Σ d dᵀ is ``Projected``: it is summed as Σ (Wᵀ d) (Wᵀ d)ᵀ.
     """
 
-    def __init__(self, *, outputs: bool = True) -> None:
-        self._sums_outputs = outputs
+    def __init__(self, *, outputs: bool = True, weights: Mapping[Target, Tensor] | None = None) -> None:
+        self._sums_outputs, self._weights = outputs, weights or {}
         self._inputs: dict[Target, Tensor] = {}
         self._outputs: dict[Target, Tensor] = {}
+        self._squares: dict[Target, Tensor] = {}  # of the outputs of ``weights``
         self._tokens: Counter[Target] = Counter()
         self._batch_inputs: defaultdict[Target, list[Tensor]] = defaultdict(list)
 
@@ -47,10 +54,16 @@ class CovarianceSums:
         target, x, grad_y = call
         self._tokens[target] += len(x)
         self._batch_inputs[target].append(x)
-        if self._sums_outputs:
-            if target not in self._outputs:
-                self._outputs[target] = _zeros(grad_y)
-            accumulate_gram_(self._outputs[target], grad_y)
+        if not self._sums_outputs:
+            return
+        if target in self._weights:
+            dtype = accumulation_dtype(grad_y.dtype)
+            squares = torch.linalg.vector_norm(grad_y, dim=0, dtype=dtype).square_()
+            self._squares[target] = self._squares.get(target, 0) + squares
+            grad_y = project(grad_y, self._weights[target], dtype)
+        if target not in self._outputs:
+            self._outputs[target] = _zeros(grad_y)
+        accumulate_gram_(self._outputs[target], grad_y)
 
     def end_batch(self) -> None:
         """Count the inputs of the batch. Linears with the same inputs in their first batch share one sum.
@@ -87,7 +100,7 @@ class CovarianceSums:
             readers: the ranks of the processes that need the sums of each target.
         """
         grams, ranks = dict[int, Tensor](), defaultdict[int, set[int]](set)
-        for sums in (self._inputs, self._outputs):
+        for sums in (self._inputs, self._outputs, self._squares):
             for target, gram in sums.items():
                 grams[id(gram)] = gram
                 ranks[id(gram)].update(readers[target])
@@ -107,10 +120,14 @@ class CovarianceSums:
         """
         for gram in {id(gram): gram for gram in (*self._inputs.values(), *self._outputs.values())}.values():
             mirror_(gram)
-        covariances = {t: Covariance(self._inputs[t], self._outputs.get(t), n) for t, n in self._tokens.items()}
-        for target, covariance in covariances.items():
-            require_finite(target, "covariance", covariance.A, covariance.B)
+        for target in self._tokens:
+            require_finite(target, "covariance", self._inputs[target], self._outputs.get(target))
+        covariances = {t: Covariance(self._inputs[t], self._output(t), n) for t, n in self._tokens.items()}
         return {t: sums for t, sums in covariances.items() if all(g is None or g.diagonal().any() for g in sums[:2])}
+
+    def _output(self, target: Target) -> Tensor | Projected | None:
+        gram, squares = self._outputs.get(target), self._squares.get(target)
+        return gram if gram is None or squares is None else Projected(gram, squares)
 
 
 def gather_covariances(
@@ -119,6 +136,7 @@ def gather_covariances(
     *,
     layers: range | None = None,
     outputs: bool = True,
+    projected: Collection[Target] = (),
     progress: Progress = no_progress,
     processes: Processes = ALONE,
     owned: bool = False,
@@ -128,6 +146,7 @@ def gather_covariances(
     Args:
         prefix: as ``targets``, ``layers``, ``progress`` and ``processes`` for ``gather_scores``.
         outputs: gather B too.
+        projected: the targets whose B is ``Projected``.
         owned: each process gets the sums of the targets that it will decompose, by their position
             (``Processes.owner``), instead of all.
 
@@ -139,7 +158,9 @@ def gather_covariances(
         NonFiniteError: if the loss or a sum is NaN or infinite.
         UnsupportedModelError: if linears share inputs in one batch and not in another.
     """
-    sums = CovarianceSums(outputs=outputs)
+    with processes.fail_together():
+        weights = {target: dense_weight(target.module) for target in targets if target in projected}
+    sums = CovarianceSums(outputs=outputs, weights=weights)
     step = f"covariances, {sweep_name(targets)}"
 
     def after(done: int) -> None:
@@ -155,14 +176,29 @@ def gather_covariances(
         return sums.result()
 
 
-def covariance_bytes(targets: Collection[Target], *, outputs: bool = True) -> int:
+def is_projected_cheaper(shape: Shape) -> bool:
+    """Whether ``Projected`` takes clearly less time than all of B for an (N, K) weight: from N = 3.44 K on.
+
+    A matmul of fp32 and one half of a symmetric product, beside one half of a larger one.
+    """
+    n, k = shape
+    return n * k + k * k <= 3 * n * n // 8
+
+
+def covariance_bytes(targets: Collection[Target], *, outputs: bool = True, projected: Collection[Target] = ()) -> int:
     """The memory for the sums of ``gather_covariances``, in bytes.
 
     Linears that share an input by their names (``Family.shared_inputs``) count one A. If other linears share an input,
-    the result is an upper bound.
+    the result is an upper bound. The weight of each of ``projected`` is counted: it may have been fetched.
     """
     taken = sum(item_bytes(target) * dense_shape(target.module)[1] ** 2 for target in distinct_inputs(targets))
-    return taken + sum(item_bytes(target) * dense_shape(target.module)[0] ** 2 for target in targets if outputs)
+    for target in targets if outputs else ():
+        n, k = dense_shape(target.module)
+        if target in projected:
+            taken += item_bytes(target) * (k * k + n) + target.module.weight.itemsize * n * k
+        else:
+            taken += item_bytes(target) * n * n
+    return taken
 
 
 def _zeros(rows: Tensor) -> Tensor:

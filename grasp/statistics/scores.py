@@ -45,6 +45,7 @@ def gather_scores(
     basis: str,
     metric: str,
     layers: range | None = None,
+    projected: Collection[Target] = (),
     progress: Progress = no_progress,
     state: PartialSums | None = None,
     processes: Processes = ALONE,
@@ -60,6 +61,7 @@ def gather_scores(
         basis: a name from ``BASES``.
         metric: a name from ``METRICS``.
         layers: the layers to run, see ``sweep``.
+        projected: see ``gather_covariances``.
         progress: called after each batch.
         state: where the sums of a plain first-order sweep are stored and resumed from.
         processes: the processes whose sums are added up.
@@ -82,6 +84,7 @@ def gather_scores(
         covariances = gather_covariances(
             *(prefix, targets),
             outputs=BASES[basis].outputs,
+            projected=projected,
             owned=row.moment == "none",  # otherwise the moments of all groups are summed in all processes
             **shared,  # type: ignore[arg-type]
         )

@@ -1,4 +1,4 @@
-"""Products over many tokens, summed in fp32 (fp64 for fp64): ``total += a.mT @ b`` and the symmetric ``x.mT @ x``."""
+"""Products over many tokens, summed in fp32 (fp64 for fp64)."""
 
 from __future__ import annotations
 
@@ -65,6 +65,18 @@ def accumulate_gram_(gram: Tensor, x: Tensor) -> Tensor:
     return gram
 
 
+def project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x @ weight``, (T, N) and (N, K) → (T, K) in ``dtype``; few columns of the weight are widened at a time."""
+    with exact_bf16(x, weight):
+        alike = x.dtype == weight.dtype
+        x = widen(x, dtype) if alike else x.to(dtype)
+        result = x.new_zeros(len(x), weight.shape[1], dtype=dtype)
+        for start, stop in _panels(weight.mT):
+            columns = weight[:, start:stop].to(x.device)
+            add_product_(result[:, start:stop], x, widen(columns, dtype) if alike else columns.to(dtype))
+    return result
+
+
 def mirror_(gram: Tensor) -> Tensor:
     """Copy the elements above the diagonal to below it: (K, K), changed in place and returned."""
     for start, stop in _panels(gram):
@@ -74,6 +86,6 @@ def mirror_(gram: Tensor) -> Tensor:
     return gram
 
 
-def _panels(gram: Tensor) -> Iterator[tuple[int, int]]:
-    size = PANEL["cpu" if gram.device.type == "cpu" else "cuda"]
-    return ((start, min(start + size, len(gram))) for start in range(0, len(gram), size))
+def _panels(matrix: Tensor) -> Iterator[tuple[int, int]]:
+    size = PANEL["cpu" if matrix.device.type == "cpu" else "cuda"]
+    return ((start, min(start + size, len(matrix))) for start in range(0, len(matrix), size))

@@ -18,6 +18,7 @@ from grasp.compression.eligible import eligible_targets
 from grasp.compression.estimate import estimate
 from grasp.compression.job import CompressionJob
 from grasp.compression.layer_cost import FLOP_FORMULAS
+from grasp.compression.memory import projected_outputs
 from grasp.compression.memory_budget import MemoryBudget
 from grasp.compression.quantize import quantize_
 from grasp.config import GraspConfig
@@ -92,7 +93,7 @@ def test_data_dependent_bases_add_covariances_and_a_metric_may_add_sweeps(
     config = replace(GraspConfig.best(compression_ratio=0.1), metric=metric, refit=False)
     made = estimate(job(model.config, config, num_samples=16), 2)
     targets = [target for linears in eligible_targets(model)[0].values() for target in linears]
-    assert made.memory.sums >= covariance_bytes(targets)
+    assert made.memory.sums >= covariance_bytes(targets, projected=projected_outputs(targets, config))
     assert made.flops.sweeps == sweeps * sum(plan.flops for plan in made.sweeps)
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         compress_(model, tiny_batches(8, 2, 64), config, held_out=tiny_batches(1, 2, 64, seed=2))

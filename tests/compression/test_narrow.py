@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from grasp.checkpoint.compression_report import CompressionReport
 from grasp.compress import compress_
-from grasp.compression import held_out, narrow
+from grasp.compression import held_out, memory, narrow
 from grasp.config import GraspConfig
 from grasp.errors import CostTableError
 from grasp.method import channels
 from grasp.method.cost_table import CostTable, LinearSeconds
+from grasp.method.ranks import Shape
 from grasp.model.batch import as_batches
 from grasp.model.dense import dense_shape
 from grasp.model.narrowing import narrowed_shapes, narrowest_shapes
 from grasp.model.quantized_linear import QUANTIZED
 from grasp.model.size import model_size
 from grasp.model.targets import all_targets
+from grasp.statistics.covariance import is_projected_cheaper
 from grasp.statistics.layer_losses import losses_without
 from tests.candidates import is_narrowed, losing
 from tests.interrupted import assert_same, run, stopped
@@ -30,7 +33,7 @@ from tests.tiny_models import tiny_batches, tiny_model
 pytestmark = pytest.mark.long
 
 BEST = GraspConfig.best(compression_ratio=0.15)
-CHANNELS, QUIET = 96, range(0, 96, 2)  # every other channel does next to nothing
+CHANNELS = 96
 
 
 @pytest.fixture(autouse=True)
@@ -38,13 +41,34 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channels, "MULTIPLE", 8)
 
 
-def model_with_quiet_channels(family: str = "llama") -> PreTrainedModel:
+def model_with_quiet_channels(
+    family: str = "llama", channels: int = CHANNELS, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """A model in whose layers 1 and 2 half of the channels of the MLP hardly reach the output."""
-    model = tiny_model(family, intermediate_size=CHANNELS)
+    model = tiny_model(family, dtype, intermediate_size=channels)
     with torch.no_grad():
         for layer in model.model.layers[1:]:
-            layer.mlp.down_proj.weight[:, list(QUIET)] *= 1e-3
+            layer.mlp.down_proj.weight[:, ::2] *= 1e-3
     return model
+
+
+def test_projected_output_covariances_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def compressed(cheaper: Callable[[Shape], bool]) -> tuple[PreTrainedModel, CompressionReport]:
+        def rule(shape: Shape) -> bool:
+            asked.append(cheaper(shape))
+            return asked[-1]
+
+        monkeypatch.setattr(memory, "is_projected_cheaper", rule)
+        model = model_with_quiet_channels(dtype=torch.float64, channels=128)
+        return model, compress_(model, tiny_batches(4, length=32), BEST)
+
+    (got, report), (expected, whole) = compressed(is_projected_cheaper), compressed(lambda shape: False)
+    assert any(asked)
+    assert report.channels == whole.channels
+    assert {m.name: m.rank for m in report.modules} == {m.name: m.rank for m in whole.modules}
+    torch.testing.assert_close(logits(got), logits(expected), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])

@@ -22,7 +22,7 @@ from grasp.method.least_squares import Moments, Products, fit_weight, least_squa
 from grasp.method.pivoting import pivot
 from grasp.method.rounding import round_to_outputs
 from grasp.method.storage import Storage
-from grasp.method.svd import decompose_in
+from grasp.method.svd import Projected, decompose_in
 
 torch.set_num_threads(1)
 square = lambda width: torch.eye(width) + 0.5
@@ -40,6 +40,7 @@ for operation, (n, k), rank in json.loads(sys.argv[1]):
         "outputs": lambda: decompose_in(W, None, outputs, rank=rank),
         "none": lambda: decompose_in(narrow, None, None),
         "both": lambda: decompose_in(W, inputs, outputs, rank=rank),
+        "projected": lambda: decompose_in(W, inputs, Projected(inputs, torch.ones(n)), rank=rank),
     }[operation]
     call()  # libraries take their memory
     print(peak_bytes_above_now(call))

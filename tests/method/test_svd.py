@@ -8,7 +8,7 @@ from grasp.errors import NonFiniteError
 from grasp.method import blocks
 from grasp.method import svd as module
 from grasp.method.ranks import break_even_rank
-from grasp.method.svd import DAMPING, SVD, decompose_in, decomposition_bytes, decomposition_flops
+from grasp.method.svd import DAMPING, SVD, Projected, decompose_in, decomposition_bytes, decomposition_flops
 from tests.method.resources import matmul_flops, peaks_of
 
 N, K, T = 12, 9, 200
@@ -160,6 +160,25 @@ def test_covariances_are_shrunk_to_their_mean_eigenvalue_the_fewer_tokens_the_mo
         torch.testing.assert_close(got, decompose_in(W, shrunk(inputs), shrunk(outputs)), rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("tokens_seen", [None, 10])
+@pytest.mark.parametrize("inputs", [None, second_moment(tokens(K))])
+def test_a_projected_covariance_has_all_that_a_decomposition_reads(
+    inputs: Tensor | None, tokens_seen: int | None
+) -> None:
+    W, B = weight(), second_moment(tokens(N, seed=1))
+    projected = Projected(W.mT @ B @ W, B.diagonal())
+    expected = decompose_in(W, inputs, B, tokens=tokens_seen)
+    torch.testing.assert_close(decompose_in(W, inputs, projected, tokens=tokens_seen), expected)
+
+
+def test_a_projected_covariance_of_nothing_and_one_that_is_not_finite_are_refused() -> None:
+    W, gram, squares = weight(), torch.zeros(K, K), torch.zeros(N)
+    with pytest.raises(ValueError, match="a covariance of weight is 0"):
+        decompose_in(W, None, Projected(gram, squares))
+    with pytest.raises(NonFiniteError, match="a covariance of the weight has NaN or infinite entries"):
+        decompose_in(W, None, Projected(gram.fill_(torch.inf), squares + 1), "the weight")
+
+
 def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     W, A, B = weight(), second_moment(tokens(K)), second_moment(tokens(N, seed=1))
     whole = [decompose_in(W, A, B), decompose_in(W.mT, B, A)]
@@ -199,19 +218,26 @@ def test_flops_are_those_of_the_matrix_products(
     monkeypatch.setattr(blocks, "BLOCK_ROWS", 8)
     (n, k), d, rank = shape, 160, 90
     covariances = [torch.eye(k) if inputs else None, torch.eye(n) if outputs else None]
-    counted = matmul_flops(lambda: decompose_in(torch.randn(n, k), *covariances, rank=rank))
+    W = torch.randn(n, k)
+    counted = matmul_flops(lambda: decompose_in(W, *covariances, rank=rank))
     small = inputs if n >= k else outputs
     other = 14 * d**3 // 3 + (d**3 // 3 + d**2 * rank if small else 0)  # PyTorch does not count solvers
     expected = decomposition_flops(shape, inputs=inputs, outputs=outputs, rank=rank)
     assert counted + other == pytest.approx(expected, rel=0.05)
+    if n >= k and outputs:
+        projected = Projected(torch.eye(k), torch.ones(n))
+        counted = matmul_flops(lambda: decompose_in(W, covariances[0], projected, rank=rank))
+        expected = decomposition_flops(shape, inputs=inputs, outputs=True, projected=True, rank=rank)
+        assert counted + other == pytest.approx(expected, rel=0.05)
 
 
 def test_the_peaks_are_the_estimates() -> None:
-    tall, wide = (1200, 600), (600, 1200)
-    shapes = {"both": [tall, wide], "inputs": [(800, 800)], "outputs": [tall], "none": [tall]}
+    square, tall, wide, long = (800, 800), (1200, 600), (600, 1200), (4800, 600)
+    shapes = {"both": [tall, wide], "inputs": [square], "outputs": [tall], "none": [tall], "projected": [long]}
     cases = [(which, shape, break_even_rank(shape, "factored")) for which in shapes for shape in shapes[which]]
     for (which, shape, rank), measured in zip(cases, peaks_of(cases), strict=True):
-        given = {name: which in ("both", name) for name in ("inputs", "outputs")}
+        given = {name: which in ("both", "projected", name) for name in ("inputs", "outputs")}
+        given["projected"] = which == "projected"
         assert measured == pytest.approx(decomposition_bytes(shape, **given, rank=rank), rel=0.1)
 
 

@@ -50,6 +50,17 @@ def test_elements_below_the_diagonal_blocks_are_neither_computed_nor_kept() -> N
     assert relative_error(products.mirror_(gram), x.double().mT @ x.double()) <= 1e-6
 
 
+@pytest.mark.usefixtures("small_panels")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weights", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_projection_has_the_dtype_of_sums(dtype: torch.dtype, weights: torch.dtype) -> None:
+    x, weight = tokens(20, 50, dtype), tokens(50, 40, weights)
+    wide = torch.promote_types(torch.promote_types(dtype, weights), torch.float32)
+    projected = products.project(x, weight, wide)
+    assert projected.dtype == wide
+    assert relative_error(projected, x.double() @ weight.double()) <= (1e-14 if wide == torch.float64 else 1e-6)
+
+
 @pytest.mark.parametrize("shape", [(64, 48, 96), (512, 192, 257)])
 def test_bf16_products_are_summed_in_fp32(shape: tuple[int, int, int]) -> None:
     rows, n, k = shape

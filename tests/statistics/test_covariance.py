@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grasp.errors import NonFiniteError, UnsupportedModelError
-from grasp.method.svd import SVD
+from grasp.method.svd import SVD, Projected
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
 from grasp.model.targets import Target, decoder, layer_targets
@@ -92,6 +92,24 @@ def test_sums_of_outer_products_are_those_of_every_token_of_every_batch(family: 
         assert_close(B, sum(outer(call.d) for each in seen for call in each[name]), 1e-6)
         assert torch.equal(A, A.mT)
         assert torch.equal(B, B.mT)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_projected_sums_are_those_of_the_products_with_the_weight(family: str) -> None:
+    model, batches = tiny_model(family, torch.float64), tiny_batches(2)
+    targets = targets_of(model, 1, 2)
+    expected, projected = gather(model, batches, targets), targets[::2]
+    got = gather(model, batches, targets, projected=projected)
+    for target in targets:
+        (A, B, tokens), whole = got[target.name], expected[target.name]
+        assert_close(A, whole.A)
+        assert tokens == whole.tokens
+        assert isinstance(B, Projected) == (target in projected)
+        if isinstance(B, Projected):
+            W = dense_weight(target.module)
+            assert_close(B.gram, W.mT @ whole.B @ W)
+            assert torch.equal(B.gram, B.gram.mT)
+            assert_close(B.squares, whole.B.diagonal())
 
 
 def test_an_input_that_several_linears_share_is_gathered_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,6 +307,10 @@ def test_the_bytes_of_covariances_are_those_of_the_distinct_tensors() -> None:
             tensors = {id(sum_): sum_ for A, B, _ in found.values() for sum_ in (A, B) if sum_ is not None}
             taken = sum(sum_.numel() * sum_.element_size() for sum_ in tensors.values())
             assert covariance_bytes(targets, outputs=outputs) == taken
+        projected = {name: each.B for name, each in gather(model, tiny_batches(1), targets, projected=targets).items()}
+        weights = sum(target.module.weight.nbytes for target in targets)
+        more = covariance_bytes(targets, projected=targets) - covariance_bytes(targets, outputs=False)
+        assert more == weights + sum(gram.nbytes + squares.nbytes for gram, squares in projected.values())
 
 
 def gather_all(processes: Processes, count: int) -> dict[str, list[Tensor]]:
@@ -315,8 +337,12 @@ def test_two_processes_add_up_to_one(count: int) -> None:
 def gather_owned(processes: Processes) -> dict[str, list[Tensor]]:
     model, batches = tiny_model("llama", torch.float64), [CalibrationBatch(batch) for batch in tiny_batches(3)]
     prefix = capture_prefix(model, processes.local_batches(batches), {LAYER})
-    found = gather_covariances(prefix, targets_of(model, LAYER), processes=processes, owned=True)
-    return {target.name: [*sums[:2], torch.tensor(float(sums.tokens))] for target, sums in found.items()}
+    targets = targets_of(model, LAYER)
+    found = gather_covariances(prefix, targets, projected=targets[-3:], processes=processes, owned=True)
+    sums = {target.name: [each.A, torch.tensor(float(each.tokens))] for target, each in found.items()}
+    for target, each in found.items():
+        sums[target.name] += each.B if isinstance(each.B, Projected) else [each.B]
+    return sums
 
 
 def test_each_process_can_get_the_sums_of_its_own_targets_alone() -> None:

@@ -103,21 +103,24 @@ def test_two_processes_compress_like_one(family: str, sharded: bool) -> None:
 
 
 def narrowed(processes: Processes, comes_back: bool) -> Result:
-    """The MLPs of two layers lose a sixth of their channels, but if the whole model without layers is better."""
-    widths = {f"model.layers.{layer}.mlp": [48, 40] for layer in (0, 2)}
+    """The MLPs of two layers lose an eighth of their channels, but if the whole model without layers is better.
+
+    They are so wide that output covariances are projected.
+    """
+    widths = {f"model.layers.{layer}.mlp": [128, 112] for layer in (0, 2)}
     with (
         mock.patch.object(channels, "MULTIPLE", 8),
         mock.patch.object(narrow, "choose_widths", return_value=widths),
         mock.patch.object(held_out, "_measured", losing(is_narrowed if comes_back else is_whole)),
     ):
-        model, others = tiny_model("llama", torch.float64), tiny_batches(1, seed=2)
-        return compressed(model, tiny_batches(3), BEST, processes, held_out=others)
+        model = tiny_model("llama", torch.float64, intermediate_size=128)
+        return compressed(model, tiny_batches(3), BEST, processes, held_out=tiny_batches(1, seed=2))
 
 
 @pytest.mark.parametrize(("sharded", "comes_back"), [(False, False), (True, False), (True, True)])
 def test_two_processes_narrow_like_one(sharded: bool, comes_back: bool) -> None:
     expected = narrowed(ALONE, comes_back)
-    gates_and_ups = sum(value.shape == (40, 32) for value in expected.dense.values())
+    gates_and_ups = sum(value.shape == (112, 32) for value in expected.dense.values())
     assert (gates_and_ups, bool(expected.removed)) == ((0, True) if comes_back else (4, False))
     first, second = results(narrowed, comes_back, sharded=sharded)
     assert_close(first, expected, 1e-6)
