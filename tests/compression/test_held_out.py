@@ -34,8 +34,8 @@ def with_idle_layer(**sizes: int) -> PreTrainedModel:
     """A model whose layer 1 returns its input, but for a millionth."""
     model = tiny_model("llama", **sizes)
     with torch.no_grad():
-        decoder(model).layers[1].self_attn.o_proj.weight.mul_(1e-6)
-        decoder(model).layers[1].mlp.down_proj.weight.mul_(1e-6)
+        decoder(model).layers[1].self_attn.o_proj.weight.mul_(3e-3)
+        decoder(model).layers[1].mlp.down_proj.weight.mul_(3e-3)
     return model
 
 
