@@ -94,7 +94,6 @@ def narrow(
             H.addmm_(rows[:pending].mT, rows[:pending], alpha=-1)
             W.addmm_(left[:pending].mT, rows[:pending], alpha=-1)
             pending = 0
-            costs, diagonal = _quadratic_columns(B, W), H.diagonal().clone()
         if remaining in widths:
             channels = present.nonzero().flatten()
             kept = W[:, channels].to(weight.device, weight.dtype)
