@@ -61,11 +61,11 @@ def span_memory(
     """
     layers = range(min(target.layer for target in targets), len(decoder(tracer.model).layers))
     form = form_in_sweeps(config)
-    shared = {"form": form, "dtype": dtype, "projected": projected_outputs(targets, config)}
-    needs = needs_of(tracer, targets, layers, ranks, **shared)  # type: ignore[arg-type]
+    projected = projected_outputs(targets, config)
+    needs = needs_of(tracer, targets, layers, ranks, form=form, dtype=dtype, projected=projected)
     if ranks is None and config.schedule == "progressive":
         most = {target.name: break_even_rank(dense_shape(target.module), config.form) for target in targets}
-        low = needs_of(tracer, targets, layers, most, **shared)  # type: ignore[arg-type]
+        low = needs_of(tracer, targets, layers, most, form=form, dtype=dtype, projected=projected)
         needs = {layer: LayerNeeds(*map(max, needs[layer], low[layer])) for layer in layers}
     return SpanMemory(
         targets=targets,

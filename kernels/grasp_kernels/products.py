@@ -72,7 +72,7 @@ def project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         x = widen(x, dtype) if alike else x.to(dtype)
         result = x.new_zeros(len(x), weight.shape[1], dtype=dtype)
         for start, stop in _panels(weight.mT):
-            columns = weight[:, start:stop].to(x.device)
+            columns = weight[:, start:stop]
             add_product_(result[:, start:stop], x, widen(columns, dtype) if alike else columns.to(dtype))
     return result
 
