@@ -18,6 +18,7 @@ from grasp.environment import free_bytes
 from grasp.errors import OutOfMemoryError
 from grasp.method.schedules import plan_sweeps
 from grasp.model.batch import CalibrationBatch
+from grasp.model.offload import fetched_bytes
 from grasp.model.running import first_device
 from grasp.model.targets import decoder
 from grasp.statistics.processes import ALONE, Processes
@@ -119,7 +120,7 @@ def try_batch(model: PreTrainedModel, config: GraspConfig, memory: int, seq_len:
     largest = plan_sweeps(members, config.schedule)[-1]
     budget = MemoryBudget.of(model, [batch], config, largest, memory=memory, host_memory=None)
     span = budget.spans(largest, range(min(target.layer for target in largest), depth))[0]
-    size = statistics_bytes(span.parts[0], config, batch.num_tokens)
+    size = statistics_bytes(span.parts[0], config, batch.num_tokens, fetched=fetched_bytes(model) > 0)
     sums = torch.empty(size, dtype=torch.uint8, device=first_device(model))
     prefix = capture_prefix(model, [batch], [span.layers.start], dtype=config.sweep_dtype)
     sweep(prefix, span.parts[0], lambda call: None, layers=span.layers)

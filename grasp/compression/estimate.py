@@ -243,7 +243,12 @@ class _Estimator:
         gathered = 2 * job.dtype.itemsize * max(map(math.prod, self.shapes)) if job.sharded else 0
         extra = factors + gathered
         memories = [
-            span_memory(self._tracer, targets, config, job.local_tokens, dtype=job.dtype, extra=extra)
+            span_memory(
+                *(self._tracer, targets, config, job.local_tokens),
+                dtype=job.dtype,
+                extra=extra,
+                fetched=job.sharded,
+            )
             for targets in members
         ]
         plans = [memory.plan(memory.most() if self._budget is None else self._budget) for memory in memories]

@@ -27,7 +27,7 @@ from grasp.model.targets import Target, decoder, vocabulary_size
 from grasp.statistics.covariance import covariance_bytes, is_projected_cheaper, item_bytes
 from grasp.statistics.gradients import dense_is_cheaper
 from grasp.statistics.loss import slice_rows
-from grasp_kernels.products import PANEL
+from grasp_kernels.products import panel
 
 LIBRARY_BYTES = 2**26  # workspaces of libraries, and what the allocator keeps between two ``return_freed_memory``
 # oneDNN keeps the code of products of 16-bit numbers on a CPU: 0.55 to 0.75 MB were measured for each of 1024 shapes.
@@ -46,6 +46,7 @@ def span_memory(
     dtype: torch.dtype,
     ranks: Mapping[str, int] | None = None,
     extra: int = 0,
+    fetched: bool = False,
 ) -> SpanMemory:
     """What the spans of one sweep take.
 
@@ -58,6 +59,7 @@ def span_memory(
         ranks: ranks of the low-rank linears that stand in for dense ones, by name. ``None``: none, or as many as the
             schedule needs at most.
         extra: bytes that every step takes in addition.
+        fetched: whether weights are offloaded or sharded.
     """
     layers = range(min(target.layer for target in targets), len(decoder(tracer.model).layers))
     form = form_in_sweeps(config)
@@ -73,7 +75,7 @@ def span_memory(
         needs=needs,
         fixed=fixed_bytes(tracer, dtype) + code_bytes(tracer, targets, ranks) + extra,
         head=head_bytes(tracer),
-        sum_bytes=lambda part: statistics_bytes(part, config, tokens),
+        sum_bytes=lambda part: statistics_bytes(part, config, tokens, fetched=fetched),
         decomposition_bytes=lambda target: temporary_bytes(target, config),
         other=max(
             forward_bytes(tracer, range(layers.start), dtype),
@@ -146,14 +148,14 @@ def quantizing_bytes(tracer: Tracer) -> int:
     return most
 
 
-def statistics_bytes(targets: Collection[Target], config: GraspConfig, tokens: int) -> int:
+def statistics_bytes(targets: Collection[Target], config: GraspConfig, tokens: int, *, fetched: bool = False) -> int:
     """The sums of one sweep: covariances, or the gradient of each weight, or its decomposition and their gradients."""
     basis = BASES[config.basis]
     shapes = [(item_bytes(target), *dense_shape(target.module)) for target in targets]
     groups = sum(itemsize * min(n, k) * (n + k + 2) for itemsize, n, k in shapes)
     if basis.inputs:
         projected = projected_outputs(targets, config)
-        covariances = covariance_bytes(targets, outputs=basis.outputs, projected=projected)
+        covariances = covariance_bytes(targets, outputs=basis.outputs, projected=projected, fetched=fetched)
         return covariances if METRICS[config.metric].moment == "none" else max(covariances, groups)
     return sum(
         itemsize * (n * k if dense_is_cheaper((n, k), tokens) else min(n, k) * (n + k + 2)) for itemsize, n, k in shapes
@@ -167,8 +169,8 @@ def projected_outputs(targets: Iterable[Target], config: GraspConfig) -> frozens
     """
     if config.fewest_bits is not None or not BASES[config.basis].outputs:
         return frozenset()
-    narrowed = (target for target in targets if not (config.narrows and is_down(target)))
-    return frozenset(target for target in narrowed if is_projected_cheaper(dense_shape(target.module)))
+    suffices = (target for target in targets if not (config.narrows and is_down(target)))
+    return frozenset(target for target in suffices if is_projected_cheaper(dense_shape(target.module)))
 
 
 def temporary_bytes(target: Target, config: GraspConfig) -> int:
@@ -252,10 +254,10 @@ def states_bytes(tracer: Tracer) -> int:
 
 
 def visit_bytes(tracer: Tracer, target: Target, projected: bool) -> int:
-    """Temporary bytes of adding one call to a sum: the tokens of 16-bit sweeps are converted to fp32."""
+    """Temporary bytes of adding one call to a sum: the tokens of 16-bit sweeps are converted to fp32, or projected."""
     (n, k), tokens = dense_shape(target.module), tracer.batch.input_ids.numel()
     converted = 0 if tracer.model.dtype.itemsize >= 4 else 4 * tokens
-    projecting = item_bytes(target) * (tokens * k + max(PANEL.values()) * n) if projected else 0
+    projecting = item_bytes(target) * (tokens * k + panel(tracer.batch.input_ids.device) * n) if projected else 0
     return converted * n + max(converted * k, projecting)
 
 

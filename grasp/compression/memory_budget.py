@@ -94,8 +94,15 @@ class MemoryBudget:
             if is_given:
                 raise
             return cls(None, memory, host_memory)
+        extra = fetched_bytes(model)
         needed = partial(
-            span_memory, tracer, config=config, tokens=tokens, dtype=model.dtype, extra=fetched_bytes(model)
+            span_memory,
+            tracer,
+            config=config,
+            tokens=tokens,
+            dtype=model.dtype,
+            extra=extra,
+            fetched=extra > 0,
         )
         linears = [target for target in targets if config.layers is None or target.layer in config.layers]
         peaks = []  # found now, so that too little memory is refused before the block influence is measured

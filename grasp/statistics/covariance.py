@@ -177,25 +177,33 @@ def gather_covariances(
 
 
 def is_projected_cheaper(shape: Shape) -> bool:
-    """Whether ``Projected`` takes clearly less time than all of B for an (N, K) weight: from N = 3.44 K on.
+    """Whether ``Projected`` takes less time than all of B for an (N, K) weight in fp32: from N = 3.44 K on.
 
-    A matmul of fp32 and one half of a symmetric product, beside one half of a larger one.
+    A product with the weight and half of a symmetric one take the place of half of a larger one. Where 16-bit products
+    are faster, only the one with a 16-bit weight is, and the sums may take longer; the memory and the decomposition
+    are a fraction at any dtype.
     """
     n, k = shape
     return n * k + k * k <= 3 * n * n // 8
 
 
-def covariance_bytes(targets: Collection[Target], *, outputs: bool = True, projected: Collection[Target] = ()) -> int:
+def covariance_bytes(
+    targets: Collection[Target],
+    *,
+    outputs: bool = True,
+    projected: Collection[Target] = (),
+    fetched: bool = False,
+) -> int:
     """The memory for the sums of ``gather_covariances``, in bytes.
 
     Linears that share an input by their names (``Family.shared_inputs``) count one A. If other linears share an input,
-    the result is an upper bound. The weight of each of ``projected`` is counted: it may have been fetched.
+    the result is an upper bound. If weights are ``fetched`` from elsewhere, those of ``projected`` are counted.
     """
     taken = sum(item_bytes(target) * dense_shape(target.module)[1] ** 2 for target in distinct_inputs(targets))
     for target in targets if outputs else ():
         n, k = dense_shape(target.module)
         if target in projected:
-            taken += item_bytes(target) * (k * k + n) + target.module.weight.itemsize * n * k
+            taken += item_bytes(target) * (k * k + n) + fetched * target.module.weight.itemsize * n * k
         else:
             taken += item_bytes(target) * n * n
     return taken

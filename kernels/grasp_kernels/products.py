@@ -86,6 +86,11 @@ def mirror_(gram: Tensor) -> Tensor:
     return gram
 
 
+def panel(device: torch.device) -> int:
+    """The columns of a panel on a device."""
+    return PANEL["cpu" if device.type == "cpu" else "cuda"]
+
+
 def _panels(matrix: Tensor) -> Iterator[tuple[int, int]]:
-    size = PANEL["cpu" if matrix.device.type == "cpu" else "cuda"]
+    size = panel(matrix.device)
     return ((start, min(start + size, len(matrix))) for start in range(0, len(matrix), size))

@@ -31,7 +31,7 @@ from tests.tiny_models import tiny_batches, tiny_model
 
 
 def with_idle_layer(**sizes: int) -> PreTrainedModel:
-    """A model whose layer 1 returns its input, but for a millionth."""
+    """A model whose layer 1 nearly returns its input."""
     model = tiny_model("llama", **sizes)
     with torch.no_grad():
         decoder(model).layers[1].self_attn.o_proj.weight.mul_(3e-3)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,15 @@ from grasp.config import GraspConfig
 from grasp.errors import CostTableError
 from grasp.method import channels
 from grasp.method.cost_table import CostTable, LinearSeconds
-from grasp.method.ranks import Shape
+from grasp.method.svd import Projected
 from grasp.model.batch import as_batches
 from grasp.model.dense import dense_shape
-from grasp.model.narrowing import narrowed_shapes, narrowest_shapes
+from grasp.model.narrowing import GATE_UP, narrowed_shapes, narrowest_shapes
 from grasp.model.quantized_linear import QUANTIZED
 from grasp.model.size import model_size
-from grasp.model.targets import all_targets
-from grasp.statistics.covariance import is_projected_cheaper
+from grasp.model.targets import Target, all_targets
+from grasp.statistics import scores
+from grasp.statistics.covariance import Covariance, gather_covariances
 from grasp.statistics.layer_losses import losses_without
 from tests.candidates import is_narrowed, losing
 from tests.interrupted import assert_same, run, stopped
@@ -53,19 +53,24 @@ def model_with_quiet_channels(
 
 
 def test_projected_output_covariances_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
+    gathered: list[bool] = []
 
-    def compressed(cheaper: Callable[[Shape], bool]) -> tuple[PreTrainedModel, CompressionReport]:
-        def rule(shape: Shape) -> bool:
-            asked.append(cheaper(shape))
-            return asked[-1]
+    def gather(*args: Any, **options: Any) -> dict[Target, Covariance]:
+        found = gather_covariances(*args, **options)
+        gathered.extend(isinstance(covariance.B, Projected) for covariance in found.values())
+        return found
 
-        monkeypatch.setattr(memory, "is_projected_cheaper", rule)
+    def compressed() -> tuple[PreTrainedModel, CompressionReport]:
         model = model_with_quiet_channels(dtype=torch.float64, channels=128)
         return model, compress_(model, tiny_batches(4, length=32), BEST)
 
-    (got, report), (expected, whole) = compressed(is_projected_cheaper), compressed(lambda shape: False)
-    assert any(asked)
+    monkeypatch.setattr(scores, "gather_covariances", gather)
+    got, report = compressed()
+    assert sum(gathered) >= 3 * len(GATE_UP)  # of three layers, narrowed ones are less wide
+    gathered.clear()
+    monkeypatch.setattr(memory, "is_projected_cheaper", lambda shape: False)
+    expected, whole = compressed()
+    assert not any(gathered)
     assert report.channels == whole.channels
     assert {m.name: m.rank for m in report.modules} == {m.name: m.rank for m in whole.modules}
     torch.testing.assert_close(logits(got), logits(expected), rtol=1e-6, atol=1e-9)

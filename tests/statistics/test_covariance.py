@@ -308,9 +308,11 @@ def test_the_bytes_of_covariances_are_those_of_the_distinct_tensors() -> None:
             taken = sum(sum_.numel() * sum_.element_size() for sum_ in tensors.values())
             assert covariance_bytes(targets, outputs=outputs) == taken
         projected = {name: each.B for name, each in gather(model, tiny_batches(1), targets, projected=targets).items()}
-        weights = sum(target.module.weight.nbytes for target in targets)
-        more = covariance_bytes(targets, projected=targets) - covariance_bytes(targets, outputs=False)
-        assert more == weights + sum(gram.nbytes + squares.nbytes for gram, squares in projected.values())
+        taken = covariance_bytes(targets, projected=targets)
+        more = taken - covariance_bytes(targets, outputs=False)
+        assert more == sum(gram.nbytes + squares.nbytes for gram, squares in projected.values())
+        weights = covariance_bytes(targets, projected=targets, fetched=True) - taken
+        assert weights == sum(target.module.weight.nbytes for target in targets)
 
 
 def gather_all(processes: Processes, count: int) -> dict[str, list[Tensor]]:
