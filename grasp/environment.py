@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from grasp.version import __version__
 from grasp_kernels.dispatch import BACKENDS, backend_missing
 
 _CGROUP = Path("/sys/fs/cgroup")
+_OWN_CGROUP = Path("/proc/self/cgroup")
 _NO_MEMORY = ("can't allocate memory", "not enough memory")  # messages of PyTorch's CPU allocators
 _PACKAGES = ("triton", "transformers", "accelerate", "safetensors", "huggingface_hub", "numpy")
 
@@ -83,14 +85,19 @@ def _reload_status() -> str:
 
 
 def _cgroup_free() -> list[int]:
-    """Free bytes of the control group of a container, its file cache included; empty if there is no limit."""
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
-        statistics = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-    except OSError:
-        return []
-    return [] if limit == "max" else [int(limit) - used + int(statistics.get("inactive_file", 0))]
+    """Free bytes of the control groups (version 2) around this process that have a limit, their file cache included."""
+    free: list[int] = []
+    with suppress(OSError):
+        own = "".join(line[3:] for line in _OWN_CGROUP.read_text().splitlines() if line.startswith("0::"))
+        inner = _CGROUP / own.strip("/")
+        for group in (inner, *inner.parents[: len(inner.parents) - len(_CGROUP.parents)]):
+            with suppress(OSError):  # the root of the machine has no such files, nor has a group outside of a container
+                limit = (group / "memory.max").read_text().strip()
+                used = int((group / "memory.current").read_text())
+                statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                if limit != "max":
+                    free.append(int(limit) - used + int(statistics.get("inactive_file", 0)))
+    return free
 
 
 def out_of_memory(error: BaseException) -> bool:

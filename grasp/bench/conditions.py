@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grasp.environment import installed_version
+from grasp.environment import free_bytes, installed_version
 from grasp_kernels import cpu, roofline
 from grasp_kernels.dispatch import backend_missing
 from grasp_kernels.roofline import Card
@@ -21,7 +21,7 @@ from speedgate.devices import processor_name
 from speedgate.timing import Rotation, batch
 
 ROOT = Path(__file__).resolve().parents[2]
-READ_BYTES = 1 << 30  # size of the buffer that is read to measure the bandwidth
+READ_BYTES = 1 << 30  # size, at most, of the buffer that is read to measure the bandwidth
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 REPETITIONS = 5
 CLOCK_RAMP = 1.0  # seconds of work before a GPU's speeds are measured
@@ -112,13 +112,13 @@ def measure_card(device: torch.device, dtype: torch.dtype) -> Card:
         raise ValueError(f"benchmarks run on {' or '.join(MATMUL_SIZE)}, got {device}")
     warm_up(device, CLOCK_RAMP)
     width = 4096
-    matrix = torch.ones(READ_BYTES // (4 * width), width, device=device)
+    matrix = torch.ones(max(1, min(READ_BYTES, free_bytes(device) // 4) // (4 * width)), width, device=device)
     size = MATMUL_SIZE[device.type]
     square = torch.randn(size, size, device=device).to(dtype)
     return roofline.Card(
         device_name(device),
         flops=2 * size**3 / _best(device, lambda: square @ square),
-        bandwidth=READ_BYTES / min(_best(device, partial(read, matrix)) for read in READERS),
+        bandwidth=matrix.nbytes / min(_best(device, partial(read, matrix)) for read in READERS),
     )
 
 

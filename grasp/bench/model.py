@@ -42,6 +42,7 @@ from grasp.bench.timing import Sample, StopRule
 from grasp.bench.yardstick import Agreement, Yardstick, require_yardsticks, yardsticks
 from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, read_pieces, tokenize
+from grasp.errors import GraspError
 from grasp.evaluation.generation import GenerationTime, random_prompt
 from grasp.evaluation.perplexity import PerplexityResult, perplexity
 from grasp.files import expanded
@@ -252,9 +253,13 @@ class _Bench:
         facts = {key: partial(self._facts, key, case, right.apart.get(key)) for key in right.models}
         outside: dict[Key, Generator] = {}
         for yardstick in self.outside:
-            yardstick.prepare(case)
-            agreement = yardstick.agreement(case)
-            if agreement.apart <= yardstick.tolerance:
+            failed: dict[str, str] = {}
+            with leaving_out(failed, yardstick.name, TOO_LARGE, (GraspError,)):
+                yardstick.prepare(case)
+                agreement = yardstick.agreement(case)
+            if failed:
+                yield self.left_out(yardstick.name, case, failed[yardstick.name])
+            elif agreement.apart <= yardstick.tolerance:
                 outside[key := Key(yardstick.name, EAGER)] = yardstick
                 facts[key] = partial(_outside_facts, yardstick, agreement)
             else:

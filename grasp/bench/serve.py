@@ -22,7 +22,7 @@ from grasp.bench.conditions import Conditions, conditions, measure_card
 from grasp.bench.percentiles import PERCENTS, Percentiles
 from grasp.bench.records import NotMeasured
 from grasp.bench.serve_records import ServeResult
-from grasp.bench.servers import COMMAND, Process, Server, connect, finish, free_port, start
+from grasp.bench.servers import COMMAND, HOST, Process, Server, connect, finish, free_port, start
 from grasp.bench.timing import Sample, turns
 from grasp.builtin import BUILTIN, packaged_folders
 from grasp.errors import MissingPackageError, ServerError
@@ -37,7 +37,6 @@ from grasp.reading import read_json
 
 Numbers = Mapping[str, float]  # of the client, by its names
 
-HOST = "127.0.0.1"
 LIMITS = ("ttft", "tpot", "e2el")  # metrics of vLLM's client that may have a limit
 METRICS = ("ttft", "tpot", "itl", "e2el")
 SCORED_TOKENS = 256

@@ -22,6 +22,7 @@ from grasp.errors import ServerError
 from grasp.formatting import one_line
 from grasp.reading import parse_json
 
+HOST = "127.0.0.1"  # of servers that this process starts, reached without a proxy
 COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 ANSWER_SECONDS, COMPLETION_SECONDS = 30, 600  # a server may still compile at its first completion
 _POLL_SECONDS = 0.2
@@ -40,10 +41,11 @@ class Process:
 
     def __init__(self, command: Sequence[str], log: Path, *, offline: bool) -> None:
         self._log = log
+        direct = ",".join(filter(None, (os.environ.get("no_proxy"), HOST)))
         with log.open("w") as output:
             self._process = subprocess.Popen(
                 command,
-                env={**os.environ, **({"HF_HUB_OFFLINE": "1"} if offline else {})},
+                env={**os.environ, "no_proxy": direct, **({"HF_HUB_OFFLINE": "1"} if offline else {})},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -162,7 +164,7 @@ def finish(client: Process, server: Server, limit: float) -> None:
 def free_port() -> int:
     """A port of this machine that no program uses at the moment."""
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind((HOST, 0))
         port: int = free.getsockname()[1]
     return port
 
@@ -175,8 +177,10 @@ def fetch(url: str, body: object = None) -> dict[str, Any]:
     """
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    direct = [urllib.request.ProxyHandler({})] if f"//{HOST}:" in url else []
     try:
-        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS if body is None else COMPLETION_SECONDS) as answer:
+        timeout = ANSWER_SECONDS if body is None else COMPLETION_SECONDS
+        with urllib.request.build_opener(*direct).open(request, timeout=timeout) as answer:
             text = answer.read().decode()
     except urllib.error.HTTPError as error:
         reason = error.read().decode(errors="replace")

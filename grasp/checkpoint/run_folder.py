@@ -57,7 +57,8 @@ class RunFolder:
     def __init__(self, folder: str | Path, *, notify: Notify = no_notify, rank: int = 0, processes: int = 1) -> None:
         self.folder = expanded(folder).resolve()
         self._notify, self._rank, self._processes = notify, rank, processes
-        self._lock = FileLock(self.folder / "lock")
+        self._path_of_lock = self.folder / "lock"
+        self._lock = FileLock(self._path_of_lock)
         self._manifest = self.folder / "state.json"
         self._fingerprint: dict[str, Any] | None = None
         self.files: dict[str, str] = {}  # stem → name of the file with its digest, as state.json lists it
@@ -81,6 +82,10 @@ class RunFolder:
         except Timeout as error:
             raise ResumeError(f"{self.folder} is in use by another process; wait for it or stop it") from error
         except (OSError, NotImplementedError) as error:
+            if self.folder in self._created:
+                with suppress(OSError):  # there is none
+                    self._path_of_lock.unlink()
+            self._release()
             raise ResumeError(
                 f"{self.folder} cannot store the run: {error}. Choose an output in a writable folder"
             ) from error
@@ -103,7 +108,11 @@ class RunFolder:
                     f"{self.folder} cannot be removed: {failure}. The run no longer needs it; delete it"
                 ) from failure
         finally:
-            self._lock.release()
+            self._release()
+
+    def _release(self) -> None:
+        """Unlock the folder, and remove folders that did not exist before and are empty."""
+        self._lock.release()
         for folder in self._created:
             with suppress(OSError):  # not empty
                 folder.rmdir()
@@ -268,10 +277,10 @@ class RunFolder:
         return ResumeError(f"{path} is damaged ({reason}); {remedy or self._remedy}")
 
     def _clear(self) -> None:
-        """Remove the folder, ``state.json`` last: if this is interrupted, the next run finds out what is left."""
+        """Remove the folder, ``state.json`` and the lock last: the next run finds out whether this was interrupted."""
         sync(self.folder.parent)  # has the name of the checkpoint, which a killed process may have left unflushed
-        paths = [path for path in self.folder.iterdir() if path != self._manifest]
-        for path in (*paths, self._manifest):
+        last = (self._manifest, self._path_of_lock)
+        for path in (*(path for path in self.folder.iterdir() if path not in last), *last):
             if path.name == _UNFINISHED:
                 shutil.rmtree(path, ignore_errors=True)
             elif self._belongs(path):

@@ -200,7 +200,7 @@ def is_down(target: Target) -> bool:
 
 def retained_groups(config: GraspConfig, shape: Shape) -> int | None:
     """How many groups a decomposition returns: by ``magnitude`` the first ones are retained, else all (``None``)."""
-    if METRICS[config.metric].moment != "none" or not BASES[config.basis].inputs:
+    if config.threshold_ratio is not None or METRICS[config.metric].moment != "none" or not BASES[config.basis].inputs:
         return None
     return max(1, break_even_rank(shape, config.form))
 

@@ -80,7 +80,8 @@ def layer_targets(model: nn.Module, layer: int) -> tuple[list[Target], dict[str,
     expert_blocks: list[str] = []
     for path, _ in layers[layer].named_modules():
         if path.split(".")[-1] == "experts":
-            expert_blocks.append(path.rpartition(".")[0] + ".")
+            parent = path.rpartition(".")[0]  # of experts and their router; none where they are beside an MLP
+            expert_blocks += [f"{parent}."] if parent else ["experts.", "router."]
             left[prefix + path] = "mixture-of-experts weights are not compressed"
     for path, module in layers[layer].named_modules():
         if prefix + path in left:

@@ -75,11 +75,16 @@ class LowRankMethod:
         Raises:
             UnsupportedModelError: if the number of the linear's outputs does not fit its parts, only some of them are
                 quantised, or a shape or the columns of a quantised part cannot be cut at the borders of processes.
-            CheckpointError: if a rank is above that of its weight.
+            CheckpointError: if a rank is above that of its weight, or only some of the linears have a shape.
         """
         pieces, columns = self.local_pieces(layer, len(output_partition_sizes))
         widths = output_partition_sizes
         if any(name in self.shapes for name in self.names):  # an MLP has fewer channels than the stack expects
+            if missing := [name for name in self.names if name not in self.shapes]:
+                raise CheckpointError(
+                    f"config.json has the shape of a narrowed linear beside {missing[0]}, but not of that one; "
+                    "expected those of all linears that the stack merges. Save the checkpoint again"
+                )
             rows, inputs = zip(*(self.shapes[name] for name in self.names), strict=True)
             widths = [local_size(n, piece, self.names) for n, piece in zip(rows, pieces, strict=True)]
             input_size, input_size_per_partition = inputs[0], local_size(inputs[0], columns, self.names)

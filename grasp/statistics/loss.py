@@ -95,7 +95,8 @@ def loss_and_grad(
             value, grad_logits = nll_and_grad(logits.detach(), labels[rows].to(logits.device), drawn)
         else:
             with torch.no_grad():
-                wanted = _logits(*teacher, teacher.body.hidden[chosen][rows], labels[rows])
+                kept = teacher.body.hidden
+                wanted = _logits(*teacher, kept[chosen.to(kept.device)][rows], labels[rows])
             value, grad_logits = divergence_and_grad(logits.detach(), wanted.to(logits.device))
         (grads[rows],) = torch.autograd.grad([logits], [part], [grad_logits])
         loss += value
@@ -123,7 +124,8 @@ def divergences(model: PreTrainedModel, bodies: Sequence[Body], batch: Tokens, t
         wanted = _log_probabilities(_logits(*teacher, teacher.body.hidden[chosen][rows], labels[rows]))
         probabilities = wanted.exp()
         for index, body in enumerate(bodies):
-            found = _log_probabilities(_logits(model, body, body.hidden[chosen][rows], labels[rows]))
+            hidden = body.hidden[chosen.to(body.hidden.device)]
+            found = _log_probabilities(_logits(model, body, hidden[rows], labels[rows]))
             totals[index] += _divergence_(found, wanted.to(found.device), probabilities.to(found.device))
     return totals
 

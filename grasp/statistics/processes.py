@@ -54,7 +54,7 @@ class Processes:
         """The batches of this process. All processes get the same number: batches of padding fill up the last ones."""
         local = list(batches[self.rank :: self.size])
         missing = -(-len(batches) // self.size) - len(local)
-        return local + [_blank(batches[0])] * missing
+        return local + [_blank(batches[0]) for _ in range(missing)]
 
     def owner(self, index: int) -> int:
         """The rank of the process that ``map_divided`` gives item number ``index``."""

@@ -23,6 +23,7 @@ from grasp.config import GraspConfig
 from grasp.environment import free_bytes
 from grasp.loading import find_device, load_config
 from grasp.progress import no_notify
+from grasp.statistics.processes import Processes
 from grasp.workflows.compress import check_costs, rates_for
 from grasp.workflows.samples import Samples, read_for
 from grasp_kernels.roofline import Card
@@ -85,7 +86,7 @@ def dry_run(
     target = check_directory(output)
     if samples.source not in NAMED_TEXTS:
         read_for(samples, no_notify)  # raises if it is no text
-    card = _card(config, costs)
+    card = _card(config, costs, processes)
     place = find_device("cpu" if card else device)
     model_config, weights_dtype = load_config(name, dtype=dtype)
     job = CompressionJob(
@@ -118,12 +119,12 @@ def dry_run(
     )
 
 
-def _card(config: GraspConfig, costs: str | None) -> Card | None:
+def _card(config: GraspConfig, costs: str | None, processes: int) -> Card | None:
     """The card that ``costs`` names, if any. Costs in a file need a latency, as in a compression."""
     found = None if costs is None else find_costs(costs)
     if isinstance(found, Card):
         return found
-    check_costs(config, costs)
+    check_costs(config, costs, Processes(size=processes))
     return None
 
 

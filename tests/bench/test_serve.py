@@ -33,6 +33,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
     """A package that takes the place of vLLM in this process and in its children."""
     monkeypatch.syspath_prepend(str(FAKE))
     monkeypatch.setenv("PYTHONPATH", str(FAKE))
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # a proxy is for other machines
     monkeypatch.setattr(servers, "_GRACE_SECONDS", 0.2)
     monkeypatch.setattr(servers, "_POLL_SECONDS", 0.02)
 

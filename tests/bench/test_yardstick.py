@@ -14,6 +14,7 @@ from grasp.bench.records import ModelResult, NotMeasured
 from grasp.bench.results import read_results
 from grasp.bench.schema import case_text
 from grasp.bench.yardstick import Agreement
+from grasp.errors import MissingPackageError
 from grasp.evaluation.generation import GenerationTime
 from tests.command_line import RunMain
 from tests.tiny_models import tiny_model
@@ -51,7 +52,8 @@ class Clock:
         self.name, self._apart = name, apart
 
     def prepare(self, case: Case) -> None:
-        """Nothing."""
+        if self._apart == 7:
+            raise MissingPackageError("no room for 3 sequences")
 
     def agreement(self, case: Case) -> Agreement:
         return Agreement(self._apart, 3, case.new_tokens + 1)
@@ -65,7 +67,7 @@ def test_yardsticks_are_rows_beside_the_models_unless_they_are_another_model(
 ) -> None:
     @contextmanager
     def clocks(*_: object):  # type: ignore[no-untyped-def]
-        yield [Clock("llama.cpp, F16", 0.01), Clock("llama.cpp, other.gguf", 0.9)]
+        yield [Clock("llama.cpp, F16", 0.01), Clock("llama.cpp, other.gguf", 0.9), Clock("llama.cpp, small.gguf", 7)]
 
     monkeypatch.setattr(bench_model, "require_yardsticks", lambda names: None)
     monkeypatch.setattr(bench_model, "yardsticks", clocks)
@@ -73,7 +75,9 @@ def test_yardsticks_are_rows_beside_the_models_unless_they_are_another_model(
     assert outcome.code == 1
     assert "WRONG: llama.cpp, other.gguf at batch 1: logits are off by 9.0e-01, expected at most 1e-01" in outcome.text
     records = read_results(tmp_path / "model.jsonl")
-    assert "llama.cpp, other.gguf" in {record.provider for record in records if isinstance(record, NotMeasured)}
+    reasons = {record.provider: record.not_measured for record in records if isinstance(record, NotMeasured)}
+    assert "llama.cpp, other.gguf" in reasons
+    assert reasons["llama.cpp, small.gguf"] == "no room for 3 sequences"
     rows = {record.provider: record for record in records if isinstance(record, ModelResult)}
     assert list(rows)[-1] == "llama.cpp, F16"
     row = rows["llama.cpp, F16"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -285,6 +286,26 @@ def test_a_folder_in_use_is_refused(folder: Path) -> None:
     with RunState(folder):
         with pytest.raises(ResumeError, match="is in use by another process"), RunState(folder):
             pass
+        assert folder.exists()
+
+
+def test_a_folder_that_cannot_be_set_up_is_neither_locked_nor_left(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = Path.mkdir
+
+    def full(path: Path, **options: Any) -> None:
+        if path.name == "unfinished":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        make(path, **options)
+
+    state = RunState(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", full)
+        with pytest.raises(ResumeError, match=r"cannot store the run: .*No space left"):
+            state.__enter__()
+    assert not folder.exists()
+    with RunState(folder):
         assert folder.exists()
 
 

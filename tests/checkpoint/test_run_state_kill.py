@@ -113,7 +113,8 @@ class Runs:
         partial = self.place / f"{output}.partial"
         self.kept += (partial / "state.json").exists()
         if partial.exists() and (self.place / output).exists() and not (partial / "state.json").exists():
-            partial.rmdir()  # empty: killed between the last two calls
+            (partial / "lock").unlink(missing_ok=True)
+            partial.rmdir()  # killed between the last calls
 
     def start(self, output: str) -> list[many_processes.Child]:
         return many_processes.start(work, self.kind, self.place, output, size=self.size)

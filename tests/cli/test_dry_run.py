@@ -78,6 +78,7 @@ def test_processes_are_those_of_torchrun(
     assert "in each of 4 processes, sharded" in main(*asked).out
     document = json.loads(main(*asked, "--json").out)
     assert document["memory"] < document["free_bytes"] / 4
+    assert "several processes would measure different costs" in main(*asked, "--target-latency", 0.8).err
     monkeypatch.setenv("RANK", "1")
     assert main(*asked).out == ""
     monkeypatch.setenv("RANK", "0")

@@ -128,5 +128,15 @@ def test_the_memory_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "memory.current").write_text("3000\n")
     (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 700\n")
     assert free_bytes(CPU) == 2700
+    (tmp_path / "own").write_text("4:memory:/v1\n0::/slurm/job\n")
+    monkeypatch.setattr(environment, "_OWN_CGROUP", tmp_path / "own")
+    assert free_bytes(CPU) == 2700
+    (group := tmp_path / "slurm").mkdir()
+    (group / "memory.max").write_text("4000\n")
+    (group / "memory.current").write_text("3900\n")
+    (group / "memory.stat").write_text("anon 1000\n")
+    assert free_bytes(CPU) == 100
+    (group / "memory.max").write_text("max\n")
+    assert free_bytes(CPU) == 2700
     (tmp_path / "memory.max").write_text("max\n")
     assert free_bytes(CPU) > 2700

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from grasp.compress import compress_
 from grasp.config import GraspConfig
@@ -62,6 +63,20 @@ def test_experts_are_left_and_named_while_attention_is_compressed() -> None:
     targets, left = layer_targets(tiny_model("mixtral"), 0)
     assert {target.block for target in targets} == {"attention"}
     assert any("experts" in name and "mixture-of-experts" in reason for name, reason in left.items())
+
+
+def test_a_router_beside_the_mlp_is_left() -> None:
+    config = Gemma4TextConfig(
+        **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size_per_layer_input": 64},
+        **{"hidden_size_per_layer_input": 0, "global_head_dim": 16, "layer_types": ["full_attention"] * 2},
+        **{"enable_moe_block": True, "num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 16},
+    )
+    targets, left = layer_targets(Gemma4ForCausalLM(config), 0)
+    assert left["model.layers.0.router.proj"] == "belongs to a mixture-of-experts block"
+    assert {target.name.split(".")[-1] for target in targets if target.block == "mlp"} == {
+        *("gate_proj", "up_proj", "down_proj")
+    }
 
 
 def test_shared_weights_are_left() -> None:

@@ -70,6 +70,14 @@ def test_a_tensor_that_was_not_loaded_is_named() -> None:
         method.check_loaded(layer)
 
 
+def test_shapes_of_some_merged_linears_only_are_refused() -> None:
+    layer: Any = nn.Module()
+    layer.rank, layer.processes = 0, 1
+    method = Method(["gate_proj", "up_proj"], {}, shapes={"gate_proj": (ROWS, COLUMNS)})
+    with pytest.raises(CheckpointError, match="shape of a narrowed linear beside up_proj, but not of that one"):
+        method.create_weights(layer, COLUMNS, [ROWS] * 2, COLUMNS, 2 * ROWS, torch.float32)
+
+
 @pytest.mark.parametrize("storage", [Storage(8), Storage(4, 32)], ids=str)
 def test_an_embedding_looks_up_and_multiplies_by_its_rows(storage: Storage) -> None:
     layer: Any = nn.Module()
