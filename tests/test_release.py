@@ -25,7 +25,7 @@ from grasp.model.grouping import group_linears_
 from grasp.model.layer_removal import can_remove, remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.recovery import RecoveryConfig, recover_
-from grasp.statistics.layer_losses import losses_without
+from grasp.statistics.loss import mean_loss
 from grasp.training_data import TrainingSequence
 from tests.tiny_models import tiny_batches, tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
@@ -121,7 +121,7 @@ def dequantized(folder: Path) -> Iterable[nn.Module]:
 def removed(_: Path) -> Iterable[nn.Module]:
     model = compressed()
     can_remove(model, [1])
-    losses_without(model, [[1], [0, 2]], [CalibrationBatch(tiny_batches(1)[0])])
+    mean_loss(model, [CalibrationBatch(tiny_batches(1)[0])])
     dropped = model.model.layers[1]
     remove_layers_(model, [1])
     return [dropped, model]

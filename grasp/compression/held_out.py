@@ -40,7 +40,7 @@ from grasp.model.batch import excerpt
 from grasp.model.layer_removal import can_remove
 from grasp.model.targets import Target, decoder
 from grasp.statistics.divergence import Reference, removal_divergences
-from grasp.statistics.layer_losses import losses_without
+from grasp.statistics.loss import mean_loss
 from grasp.statistics.sweep import Prefix, capture_prefix, propagate, sum_nll_after
 
 # After each removal so many layers, those that lost least before, are measured again. The losses of single layers
@@ -61,10 +61,9 @@ def decide(run: Run, plan: Plan, selections: Selections) -> Decision:
     if not run.held_out or plan.bits_suffice:
         (only,) = candidates(selections, plan, run.prices, {}, nats).values()
         if run.held_out:
-            [losses[DENSE]] = losses_without(run.model, [()], run.held_out, processes=run.processes)
+            losses[DENSE] = mean_loss(run.model, run.held_out, processes=run.processes)
         return decision(run, only._replace(fitted=run.config.refit and not plan.bits_suffice), (dense,), losses)
-    with run.processes.fail_together():
-        start = capture_prefix(run.model, run.processes.local_batches(run.held_out), {0}, scratch=run.scratch)
+    start = _start(run)
     reference = _reference(run)
     once, decomposed = run.state.once, selections
     factors = once("corrections", lambda: corrections(run, plan, decomposed, reference, nats))
@@ -111,18 +110,16 @@ def compare_with_removal(run: Run, plan: Plan, scores: Sequence[float]) -> Decis
     if not run.held_out:
         return decision(run, dense, (), {})
     options = [dense, *_layers_removed(run, plan, removed_in_order(run, plan, dict(enumerate(scores))))]
-    choices = [option.removed for option in options]
-    losses = losses_without(run.model, choices, run.held_out, processes=run.processes)
-    pairs = zip(options, losses, strict=True)
-    return decision(run, dense, options, {option.name: loss for option, loss in pairs if math.isfinite(loss)})
+    start = _start(run)
+    losses = {option.name: _measured(run, start, {}, option) for option in options}
+    return decision(run, dense, options, {name: loss for name, loss in losses.items() if math.isfinite(loss)})
 
 
 def measure_whole(run: Run, plan: Plan, scores: Sequence[float]) -> None:
     """Measure the dense model, and it without layers, before MLPs lose channels; nothing if no batches are held out."""
     if not run.held_out or "whole" in run.state.measured:
         return
-    with run.processes.fail_together():
-        start = capture_prefix(run.model, run.processes.local_batches(run.held_out), {0}, scratch=run.scratch)
+    start = _start(run)
     removed = removed_in_order(run, plan, {layer: scores[layer] for layer in plan.layers})
     others = [*_layers_removed(run, plan, removed), *linear_replacement(run, plan)]
     options = [Candidate(DENSE, (), {}), *others]
@@ -146,7 +143,7 @@ def result_loss(run: Run) -> dict[str, float]:
     """
     if not run.held_out:
         return {}
-    [loss] = losses_without(run.model, [()], run.held_out, processes=run.processes)
+    loss = mean_loss(run.model, run.held_out, processes=run.processes)
     if not math.isfinite(loss):
         raise NonFiniteError(
             f"the held-out loss of the compressed model is {loss}; load the model in bfloat16 or float32"
@@ -238,6 +235,12 @@ def _layers_removed(run: Run, plan: Plan, removed: Collection[int]) -> list[Cand
     """Everything but these layers stays dense; no candidate if that does not meet the budget."""
     meets = removed and _saved(run, removed) >= required_saving(run.prices, plan)
     return [only_removed(removed)] if meets else []
+
+
+def _start(run: Run) -> Prefix:
+    """The held-out batches of this process, at layer 0."""
+    with run.processes.fail_together():
+        return capture_prefix(run.model, run.processes.local_batches(run.held_out), {0}, scratch=run.scratch)
 
 
 def _measured(run: Run, start: Prefix, selections: Selections, candidate: Candidate) -> float:

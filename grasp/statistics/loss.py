@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from grasp.errors import UnsupportedModelError
-from grasp.model.batch import Tokens
+from grasp.model.batch import CalibrationBatch, Tokens
 from grasp.model.hooks import forwarding, hooked
 from grasp.model.running import batch_inputs, evaluating, first_device
 from grasp.model.targets import vocabulary_size
+from grasp.statistics.processes import ALONE, Processes
 
 LOGITS_BYTES = 2**25  # of fp32 logits per slice, and as many for their gradient; larger slices are slower
 LEAST_ROWS = 128  # tokens per slice, whatever the vocabulary: each slice reads the weights of the head
@@ -159,6 +160,15 @@ def sum_nll(model: PreTrainedModel, batches: Iterable[Tokens]) -> float:
         for batch in batches:
             total += loss_alone(model, body_of(model, batch), batch)
     return total
+
+
+def mean_loss(model: PreTrainedModel, batches: Sequence[CalibrationBatch], *, processes: Processes = ALONE) -> float:
+    """The mean negative log-likelihood, in nats per token, of batches that ``processes`` share."""
+    total = torch.zeros(1, dtype=torch.float64)
+    with processes.fail_together():
+        total += sum_nll(model, processes.local_batches(batches))
+    processes.sum_([total])
+    return float(total) / sum(batch.num_targets for batch in batches)
 
 
 def nll_and_grad(logits: Tensor, labels: Tensor, draws: Tensor | None = None) -> tuple[float, Tensor]:

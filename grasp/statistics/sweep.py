@@ -178,16 +178,15 @@ def propagate(
 
 
 @torch.no_grad()
-def sum_nll_after(prefix: Prefix, hidden: Sequence[Tensor], layers: Collection[int] = ()) -> float:
-    """The summed negative log-likelihood of all batches, in nats, if some ``layers`` and the head are all that follows.
+def sum_nll_after(prefix: Prefix, hidden: Sequence[Tensor]) -> float:
+    """The summed negative log-likelihood of all batches, in nats, from the hidden states that leave the last layer.
 
     Args:
         prefix: its model and batches.
-        hidden: for each batch the hidden states, (B, L, H), that enter the first of the layers, or the head.
-        layers: which run, ascending.
+        hidden: for each batch the hidden states, (B, L, H).
     """
     total = 0.0
-    with alone(prefix, layers):
+    with alone(prefix, ()):
         for index, batch in enumerate(prefix.batches):
             total += loss_alone(prefix.model, body_after(prefix, index, hidden[index]), batch)
     return total

@@ -13,7 +13,7 @@ from grasp.errors import CalibrationError, MissingPackageError
 from grasp.model.batch import CalibrationBatch
 from grasp.model.targets import max_positions
 from grasp.progress import Notify, Progress, no_progress
-from grasp.statistics.layer_losses import losses_without
+from grasp.statistics.loss import mean_loss
 from grasp.statistics.processes import ALONE, Processes
 from grasp.workflows.guards import require_known
 
@@ -53,7 +53,7 @@ def losses_by_kind(
     """The mean loss on each kind of text, in nats per token."""
     losses: dict[str, float] = {}
     for kind, batches in kinds.items():
-        [losses[kind]] = losses_without(model, [()], batches, processes=processes)
+        losses[kind] = mean_loss(model, batches, processes=processes)
         progress("kinds of text", len(losses), len(kinds))
     return losses
 

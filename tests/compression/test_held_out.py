@@ -134,7 +134,7 @@ def test_a_loss_that_is_not_finite_is_never_the_least(broken: str, monkeypatch: 
 
 
 def test_a_compressed_model_whose_loss_is_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "losses_without", lambda *_, **__: [float("inf")])
+    monkeypatch.setattr(choice, "mean_loss", lambda *_, **__: float("inf"))
     with pytest.raises(NonFiniteError, match="of the compressed model is inf; load the model in bfloat16"):
         compressed(with_idle_layer(), compression_ratio=0.1)
 

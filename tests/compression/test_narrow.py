@@ -24,7 +24,7 @@ from grasp.model.size import model_size
 from grasp.model.targets import Target, all_targets
 from grasp.statistics import scores
 from grasp.statistics.covariance import Covariance, gather_covariances
-from grasp.statistics.layer_losses import losses_without
+from grasp.statistics.loss import mean_loss
 from tests.candidates import is_narrowed, losing
 from tests.interrupted import assert_same, run, stopped
 from tests.lowrank_models import logits
@@ -163,7 +163,7 @@ def test_what_is_left_is_quantised(bits: int, tmp_path: Path, monkeypatch: pytes
 def test_the_dense_loss_is_that_of_the_whole_model() -> None:
     model = model_with_quiet_channels()
     others = tiny_batches(1, length=32, seed=5)
-    [expected] = losses_without(model, [()], as_batches(others))
+    expected = mean_loss(model, as_batches(others))
     report = compress_(model, tiny_batches(4, length=32), BEST, held_out=others)
     assert "narrowed, low-rank" in report.held_out_loss
     assert report.held_out_loss["dense"] == pytest.approx(expected, rel=1e-6)
