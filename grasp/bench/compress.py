@@ -203,11 +203,6 @@ def run(request: CompressRequest, *, progress: Progress = no_progress) -> Iterat
         WrongSelectionError: if rounding does not explain a difference of the chosen singular groups.
         GraspError, ValueError: from ``load_model``, ``token_batches``, ``pick_layers`` and ``GraspConfig``.
     """
-    timed = request.timed_batches
-    if request.batch_size < 1 or (timed is not None and timed < 2):
-        raise ValueError(
-            f"batch_size must be at least 1 and timed_batches at least 2, got {request.batch_size} and {timed}"
-        )
     if request.num_samples % request.batch_size or request.num_samples < 2 * request.batch_size:
         raise ValueError(
             "num_samples must be a multiple of batch_size, and at least twice as much; "

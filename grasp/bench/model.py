@@ -107,8 +107,6 @@ def run(request: ModelRequest, *, progress: Progress = no_progress) -> Iterator[
     given = [name for name in ("layers", "num_layers", "retain_ratio") if getattr(request, name) is not None]
     if request.checkpoint is not None and given:
         raise ValueError(f"a compressed checkpoint has its own layers and ranks; leave out {' and '.join(given)}")
-    if request.windows < 0:
-        raise ValueError(f"windows must be at least 0, got {request.windows}")
     text = read_pieces(request.text, split="evaluation") if request.windows else None
     first, *others = request.threads or (None,)
     with torch._dynamo.config.patch(_VERSIONS):

@@ -132,14 +132,6 @@ def run(request: OpsRequest, *, progress: Progress = no_progress) -> Iterator[Ro
     require_names(request.dtypes, DTYPES, "dtype")
     require_names(request.weights, STORAGES, "weights")
     require_names(request.backends, [row.name for row in BACKENDS], "backend")
-    for name, numbers in (("rows", request.rows or ROWS), ("threads", request.threads or (1,))):
-        if min(numbers) < 1:
-            raise ValueError(f"{name} must be at least 1, got {min(numbers)}")
-    if request.repetitions < 1 or request.rotate_bytes < 0:
-        raise ValueError(
-            f"repetitions must be at least 1 and rotated bytes at least 0, got {request.repetitions} and "
-            f"{request.rotate_bytes}"
-        )
     if request.workload is None:
         device, todo = request.device, list(cases(request))
     else:

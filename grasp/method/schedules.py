@@ -4,24 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from itertools import groupby
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 BLOCKS = ("mlp", "attention")  # in the order in which GRASP compresses a layer
-
-
-class Placed(Protocol):
-    """A linear with a place in the model: the index of its decoder layer, and one of ``BLOCKS``."""
-
-    @property
-    def layer(self) -> int: ...  # noqa: D102
-    @property
-    def block(self) -> str: ...  # noqa: D102
-
-
-L = TypeVar("L", bound=Placed)
+L = TypeVar("L")  # has the index of its ``layer``, and its ``block``, one of ``BLOCKS``
 
 # Linears with the same key share a sweep over the calibration set. Sweeps run in ascending order of their keys.
-SCHEDULES: dict[str, Callable[[Placed], Any]] = {
+SCHEDULES: dict[str, Callable[[Any], Any]] = {
     "sequential": lambda linear: (-linear.layer, BLOCKS.index(linear.block)),  # the paper: each sees all those before
     "per-layer": lambda linear: -linear.layer,
     "single-sweep": lambda linear: 0,  # all on the dense model

@@ -6,7 +6,7 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, NamedTuple, overload
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -68,14 +68,6 @@ class Scratch:
         )
 
 
-class _Place(NamedTuple):
-    """Where a tensor is in a file."""
-
-    offset: int
-    shape: torch.Size
-    dtype: torch.dtype
-
-
 class HiddenStates(Sequence[Tensor]):
     """The hidden states of each batch, (B, L, H), or a gradient in them. Items are on the CPU.
 
@@ -94,7 +86,7 @@ class HiddenStates(Sequence[Tensor]):
 
     def __init__(self, scratch: Scratch) -> None:
         self._scratch = scratch
-        self._items: list[Tensor | _Place] = []
+        self._items: list[Tensor | tuple[int, torch.Size, torch.dtype]] = []  # or its offset in the file
         self._file: IO[bytes] | None = None
         self._size = 0  # bytes of the file
         self._counts: list[int] = []
@@ -114,26 +106,21 @@ class HiddenStates(Sequence[Tensor]):
         if self._file is None:
             self._file = self._scratch.file()
         self._scratch.write(self._file, tensor.cpu())
-        self._items.append(_Place(self._size, tensor.shape, tensor.dtype))
+        self._items.append((self._size, tensor.shape, tensor.dtype))
         self._size += tensor.nbytes
 
     def __len__(self) -> int:
         return len(self._items)
 
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
-        if isinstance(index, slice):
-            return [self[position] for position in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # no slices
         item = self._items[index]
         if isinstance(item, Tensor):
             return item
         assert self._file is not None
-        tensor = torch.empty(item.shape, dtype=item.dtype)  # aligned as the tensor that was written
+        offset, shape, dtype = item
+        tensor = torch.empty(shape, dtype=dtype)  # aligned as the tensor that was written
         data = tensor.flatten().view(torch.uint8).numpy().data
-        self._file.seek(item.offset)
+        self._file.seek(offset)
         if self._file.readinto(data) < tensor.nbytes:  # type: ignore[attr-defined]
             raise ResumeError("a file of hidden states is shorter than what was written to it; run the command again")
         return tensor
