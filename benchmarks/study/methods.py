@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ class Outcome:
     scope: str | None = None
     pivoted: bool = False  # the form of the low-rank linears
     channels: dict[str, int] = field(default_factory=dict)  # of the MLPs that have lost some
+    held_out_loss: Mapping[str, float] = field(default_factory=dict)  # of each candidate, by name
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ def compressed(*, chooses: bool = False, **options: Any) -> Method:
         report = carry_out_(replace(run, gather=calibration.statistics))
         ranks = {module.name: module.rank for module in report.modules if not module.reason}
         channels = {path: after for path, (_, after) in report.channels.items()}
-        return Outcome(report.removed_layers, ranks, report.scope, config.form == "pivoted", channels)
+        pivoted = config.form == "pivoted"
+        return Outcome(report.removed_layers, ranks, report.scope, pivoted, channels, report.held_out_loss)
 
     return compress
 

@@ -145,6 +145,7 @@ class Study:
             removed_layers=tuple(sorted(outcome.removed_layers)),
             ranks=outcome.ranks,
             channels=outcome.channels,
+            held_out_loss=outcome.held_out_loss,
             scope=outcome.scope,
             pivoted=outcome.pivoted,
             conditions=self._conditions,

@@ -51,6 +51,7 @@ def test_every_method_gives_a_cell_with_its_size_and_its_excess(model: Path, tmp
         assert least <= float(str(by_method[method]["removed"])) <= (0.34 if method in WHOLE_LAYERS else 0.31), method
         assert by_method[method]["excess"] != 0
         assert by_method[method]["peak_bytes"] is not None
+        assert bool(by_method[method]["held_out_loss"]) == (method in {"best", "best, recovered"})
     by_key = {(c.method, c.ratio, c.seed): c for c in read_results(output, STUDY_RECORDS) if isinstance(c, Cell)}
     best, dense = by_key["best", 0.3, 1].kind_losses, by_key["dense", 0.0, 0].kind_losses
     excess = {kind: best[kind] - dense[kind] for kind in builtin_kinds("evaluation")}
