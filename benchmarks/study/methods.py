@@ -86,7 +86,7 @@ class Outcome:
     scope: str | None = None
     pivoted: bool = False  # the form of the low-rank linears
     channels: dict[str, int] = field(default_factory=dict)  # of the MLPs that have lost some
-    held_out_loss: Mapping[str, float] = field(default_factory=dict)  # of each candidate, by name
+    held_out_loss: Mapping[str, float] = field(default_factory=dict)  # as in the report
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,8 @@ class StudyResult(Record):
         pivoted: whether the low-rank linears have pivoted form.
         kind_losses: loss on each kind of built-in text, of passages that no calibration reads, in nats per token.
         channels: channels of each MLP that has lost some, by path, numbered as before layers were removed.
-        held_out_loss: of each candidate that the method chose between, and of the dense model, by name, in nats per
-            token.
+        held_out_loss: of each candidate that the method chose between, of the dense model and of the result, before any
+            recovery, by name, in nats per token.
     """
 
     method: str

@@ -227,9 +227,7 @@ class _Bench:
     def run(self, progress: Progress) -> Iterator[list[ModelResult | NotMeasured]]:
         """Measure all sizes."""
         for case in self.request.cases:
-            tokens = case.depth + case.prompt_tokens + case.new_tokens
-            reason = f"the device has too little memory for batches of {case.batch_size} x {tokens} tokens"
-            yield list(records_within_memory(self.measure(case, progress), self.left_out("*", case, reason)))
+            yield list(records_within_memory(self.measure(case, progress), self.left_out("*", case, _too_large(case))))
 
     def left_out(self, provider: str, case: Case, reason: str, *, wrong: bool = False) -> NotMeasured:
         return NotMeasured("model", provider, reason, wrong, model=self.request.model, batch_size=case.batch_size)
@@ -252,7 +250,7 @@ class _Bench:
         outside: dict[Key, Generator] = {}
         for yardstick in self.outside:
             failed: dict[str, str] = {}
-            with leaving_out(failed, yardstick.name, TOO_LARGE, (GraspError,)):
+            with leaving_out(failed, yardstick.name, _too_large(case), (GraspError,)):
                 yardstick.prepare(case)
                 agreement = yardstick.agreement(case)
             if failed:
@@ -327,6 +325,11 @@ class _Bench:
             perplexity_tokens=None if quality is None else quality.tokens,
             conditions=self.now,
         )
+
+
+def _too_large(case: Case) -> str:
+    tokens = case.depth + case.prompt_tokens + case.new_tokens
+    return f"the device has too little memory for batches of {case.batch_size} x {tokens} tokens"
 
 
 def _outside_facts(yardstick: Yardstick, agreement: Agreement, turns: Turns) -> _Facts:

@@ -125,7 +125,7 @@ def run(request: OpsRequest, *, progress: Progress = no_progress) -> Iterator[Ro
     """Check the request, then measure case by case.
 
     Raises:
-        ValueError: if a name, shape, number or device is unknown or out of range.
+        ValueError: if a name, shape or device is unknown or out of range.
         GraspError: as ``model_calls`` does.
     """
     require_names(request.ops, OPS, "op")

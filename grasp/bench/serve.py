@@ -57,7 +57,7 @@ class ServeRequest:
     """Settings of one run.
 
     Raises:
-        ValueError: if a number is out of range, or a limit is of an unknown metric.
+        ValueError: if ``new_tokens``, ``time_limit`` or a limit is out of range, or a limit is of an unknown metric.
     """
 
     # names as for ``load_model``, which are served, and addresses of servers that run already. The others are compared

@@ -41,7 +41,7 @@ class Process:
 
     def __init__(self, command: Sequence[str], log: Path, *, offline: bool) -> None:
         self._log = log
-        direct = ",".join(filter(None, (os.environ.get("no_proxy"), HOST)))
+        direct = ",".join(filter(None, (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), HOST)))
         with log.open("w") as output:
             self._process = subprocess.Popen(
                 command,

@@ -85,6 +85,7 @@ def loss_and_grad(
     draws = uniform_draws(batch).to(hidden.device) if samples_labels else None
     chosen, labels, parts = _counted(model, hidden, batch)
     source, grad = hidden[chosen], torch.zeros_like(hidden)
+    expected = hidden if teacher is None else teacher.body.hidden
     grads = torch.empty_like(source)
     loss = 0.0
     for rows in parts:
@@ -96,8 +97,7 @@ def loss_and_grad(
             value, grad_logits = nll_and_grad(logits.detach(), labels[rows].to(logits.device), drawn)
         else:
             with torch.no_grad():
-                kept = teacher.body.hidden
-                wanted = _logits(*teacher, kept[chosen.to(kept.device)][rows], labels[rows])
+                wanted = _logits(*teacher, expected[chosen.to(expected.device)][rows], labels[rows])
             value, grad_logits = divergence_and_grad(logits.detach(), wanted.to(logits.device))
         (grads[rows],) = torch.autograd.grad([logits], [part], [grad_logits])
         loss += value

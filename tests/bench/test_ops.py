@@ -269,3 +269,12 @@ def test_conditions_know_the_commit_of_a_checkout(monkeypatch: pytest.MonkeyPatc
     assert ("portable" in now.instruction_sets) == (backend_missing("cpu") is None)
     monkeypatch.setattr(conditions, "ROOT", conditions.ROOT / "grasp")  # in a checkout, but not one itself
     assert conditions.commit() is None
+
+
+def test_a_bandwidth_is_measured_where_little_memory_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(conditions, "free_bytes", lambda device: 1 << 18)
+    monkeypatch.setattr(conditions, "READ_BYTES", 1 << 30)
+    monkeypatch.setattr(conditions, "READERS", [lambda matrix: sizes.append(matrix.nbytes)])
+    assert conditions.measure_card(torch.device("cpu"), torch.float32).bandwidth > 0
+    assert set(sizes) == {1 << 16}

@@ -34,6 +34,8 @@ def vllm(monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
     monkeypatch.syspath_prepend(str(FAKE))
     monkeypatch.setenv("PYTHONPATH", str(FAKE))
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # a proxy is for other machines
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(servers, "_GRACE_SECONDS", 0.2)
     monkeypatch.setattr(servers, "_POLL_SECONDS", 0.02)
 

@@ -14,7 +14,7 @@ from grasp.bench.records import ModelResult, NotMeasured
 from grasp.bench.results import read_results
 from grasp.bench.schema import case_text
 from grasp.bench.yardstick import Agreement
-from grasp.errors import MissingPackageError
+from grasp.errors import GraspError
 from grasp.evaluation.generation import GenerationTime
 from tests.command_line import RunMain
 from tests.tiny_models import tiny_model
@@ -53,7 +53,7 @@ class Clock:
 
     def prepare(self, case: Case) -> None:
         if self._apart == 7:
-            raise MissingPackageError("no room for 3 sequences")
+            raise GraspError("no room for 3 sequences")
 
     def agreement(self, case: Case) -> Agreement:
         return Agreement(self._apart, 3, case.new_tokens + 1)

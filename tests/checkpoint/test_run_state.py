@@ -289,9 +289,12 @@ def test_a_folder_in_use_is_refused(folder: Path) -> None:
         assert folder.exists()
 
 
+@pytest.mark.parametrize("is_new", [True, False])
 def test_a_folder_that_cannot_be_set_up_is_neither_locked_nor_left(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, is_new: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not is_new:
+        folder.mkdir()
     make = Path.mkdir
 
     def full(path: Path, **options: Any) -> None:
@@ -304,7 +307,7 @@ def test_a_folder_that_cannot_be_set_up_is_neither_locked_nor_left(
         patch.setattr(Path, "mkdir", full)
         with pytest.raises(ResumeError, match=r"cannot store the run: .*No space left"):
             state.__enter__()
-    assert not folder.exists()
+    assert folder.exists() == (not is_new)
     with RunState(folder):
         assert folder.exists()
 

@@ -14,8 +14,9 @@ from torch import nn
 from grasp.cli.arguments import parse_bytes
 from grasp.compression.eligible import eligible_targets
 from grasp.compression.layer_cost import Tracer
-from grasp.compression.memory import CODE_BYTES, code_bytes, needs_of
+from grasp.compression.memory import CODE_BYTES, code_bytes, needs_of, retained_groups
 from grasp.compression.span_plan import LayerNeeds, PlannedSpan, SpanMemory
+from grasp.config import GraspConfig
 from grasp.errors import OutOfMemoryError
 from grasp.model.targets import Target
 from grasp.statistics.covariance import covariance_bytes, input_groups
@@ -183,3 +184,10 @@ def test_the_code_of_products_is_what_onednn_keeps(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1k")
     with pytest.raises(ValueError, match="ONEDNN_PRIMITIVE_CACHE_CAPACITY must be a whole number of shapes, got '1k'"):
         code_bytes(tracer, targets, None)
+
+
+def test_a_threshold_and_first_order_scores_read_all_groups() -> None:
+    config = GraspConfig(num_layers=1, basis="kfac", metric="magnitude", retain_ratio=0.1)
+    assert retained_groups(config, (64, 64)) == 32
+    assert retained_groups(replace(config, threshold_ratio=0.9), (64, 64)) is None
+    assert retained_groups(GraspConfig(num_layers=1), (64, 64)) is None
