@@ -17,12 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from grasp.errors import ServerError
 from grasp.formatting import one_line
 from grasp.reading import parse_json
 
-HOST = "127.0.0.1"  # of servers that this process starts, reached without a proxy
+HOST = "127.0.0.1"  # of servers that this process starts
+WITHOUT_PROXY = (HOST, "localhost")
 COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 ANSWER_SECONDS, COMPLETION_SECONDS = 30, 600  # a server may still compile at its first completion
 _POLL_SECONDS = 0.2
@@ -41,7 +43,7 @@ class Process:
 
     def __init__(self, command: Sequence[str], log: Path, *, offline: bool) -> None:
         self._log = log
-        direct = ",".join(filter(None, (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), HOST)))
+        direct = ",".join(filter(None, (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), *WITHOUT_PROXY)))
         with log.open("w") as output:
             self._process = subprocess.Popen(
                 command,
@@ -177,8 +179,8 @@ def fetch(url: str, body: object = None) -> dict[str, Any]:
     """
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    direct = [urllib.request.ProxyHandler({})] if f"//{HOST}:" in url else []
     try:
+        direct = [urllib.request.ProxyHandler({})] if urlsplit(url).hostname in WITHOUT_PROXY else []
         timeout = ANSWER_SECONDS if body is None else COMPLETION_SECONDS
         with urllib.request.build_opener(*direct).open(request, timeout=timeout) as answer:
             text = answer.read().decode()

@@ -100,7 +100,7 @@ def test_servers_take_turns_and_are_compared_with_the_first(
 def test_a_server_that_runs_already_is_timed_and_goes_on(save: Callable[..., Path], tmp_path: Path) -> None:
     folder, port = save("running"), free_port()
     arguments = ("--model", str(folder), "--served-model-name", "running", "--port", str(port))
-    url = f"http://127.0.0.1:{port}"
+    url = f"http://localhost:{port}"
     with Process([*COMMAND, *arguments], tmp_path / "log", offline=True) as process:
         start(process, "running", url, limit=60)
         request = ServeRequest([f"{url}/v1/"], (1,), 1, prompt_tokens=8, new_tokens=4, rounds=1)
