@@ -277,10 +277,10 @@ class RunFolder:
         return ResumeError(f"{path} is damaged ({reason}); {remedy or self._remedy}")
 
     def _clear(self) -> None:
-        """Remove the folder, ``state.json`` and the lock last: the next run finds out whether this was interrupted."""
+        """Remove the folder, ``state.json`` last: if this is interrupted, the next run finds out what is left."""
         sync(self.folder.parent)  # has the name of the checkpoint, which a killed process may have left unflushed
-        last = (self._manifest, self._path_of_lock)
-        for path in (*(path for path in self.folder.iterdir() if path not in last), *last):
+        paths = [path for path in self.folder.iterdir() if path != self._manifest]
+        for path in (*paths, self._manifest):
             if path.name == _UNFINISHED:
                 shutil.rmtree(path, ignore_errors=True)
             elif self._belongs(path):

@@ -113,8 +113,7 @@ class Runs:
         partial = self.place / f"{output}.partial"
         self.kept += (partial / "state.json").exists()
         if partial.exists() and (self.place / output).exists() and not (partial / "state.json").exists():
-            (partial / "lock").unlink(missing_ok=True)
-            partial.rmdir()  # killed between the last calls
+            partial.rmdir()  # empty: killed between the last two calls
 
     def start(self, output: str) -> list[many_processes.Child]:
         return many_processes.start(work, self.kind, self.place, output, size=self.size)
