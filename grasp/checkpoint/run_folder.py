@@ -57,8 +57,7 @@ class RunFolder:
     def __init__(self, folder: str | Path, *, notify: Notify = no_notify, rank: int = 0, processes: int = 1) -> None:
         self.folder = expanded(folder).resolve()
         self._notify, self._rank, self._processes = notify, rank, processes
-        self._path_of_lock = self.folder / "lock"
-        self._lock = FileLock(self._path_of_lock)
+        self._lock = FileLock(self.folder / "lock")
         self._manifest = self.folder / "state.json"
         self._fingerprint: dict[str, Any] | None = None
         self.files: dict[str, str] = {}  # stem → name of the file with its digest, as state.json lists it
@@ -84,7 +83,7 @@ class RunFolder:
         except (OSError, NotImplementedError) as error:
             if self.folder in self._created:
                 with suppress(OSError):  # there is none
-                    self._path_of_lock.unlink()
+                    (self.folder / "lock").unlink()
             self._release()
             raise ResumeError(
                 f"{self.folder} cannot store the run: {error}. Choose an output in a writable folder"

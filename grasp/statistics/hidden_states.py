@@ -86,7 +86,7 @@ class HiddenStates(Sequence[Tensor]):
 
     def __init__(self, scratch: Scratch) -> None:
         self._scratch = scratch
-        self._items: list[Tensor | tuple[int, torch.Size, torch.dtype]] = []  # or its offset in the file
+        self._items: list[Tensor | tuple[int, torch.Size, torch.dtype]] = []  # in memory, or where it is in the file
         self._file: IO[bytes] | None = None
         self._size = 0  # bytes of the file
         self._counts: list[int] = []
