@@ -22,7 +22,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result", str, dict[str, Tensor])  # what one process sends to the others
 
 TIMEOUT = timedelta(minutes=30)  # for which a process waits for the others
-BUCKET_BYTES = 2**28  # statistics are added up in messages of this size
 
 
 @dataclass(frozen=True)
@@ -74,14 +73,15 @@ class Processes:
         """
         if self.size == 1:
             return
-        readers = {frozenset(ranks): None for _, ranks in tensors}
-        for ranks in readers:
-            for bucket in _buckets([tensor for tensor, members in tensors if frozenset(members) == ranks]):
-                with _flattened(bucket) as flat, self._connected():
-                    if len(ranks) == 1:
-                        dist.reduce(flat, min(ranks))
-                    else:
-                        dist.all_reduce(flat)
+        for tensor, ranks in tensors:
+            sums = tensor.contiguous()
+            with self._connected():
+                if len(ranks) == 1:
+                    dist.reduce(sums, min(ranks))
+                else:
+                    dist.all_reduce(sums)
+            if not tensor.is_contiguous():
+                tensor.copy_(sums)
 
     def map_divided(
         self,
@@ -273,34 +273,3 @@ def _blank(like: CalibrationBatch) -> CalibrationBatch:
     """A batch of two padding tokens."""
     ids = like.input_ids[:1, :2]
     return CalibrationBatch(ids, torch.zeros_like(ids, dtype=torch.bool))
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Groups of tensors of one dtype on one device, in order, of at most ``BUCKET_BYTES``; larger tensors in parts."""
-    kinds = {(tensor.dtype, tensor.device): None for tensor in tensors}
-    for dtype, device in kinds:
-        members = [tensor for tensor in tensors if (tensor.dtype, tensor.device) == (dtype, device)]
-        bucket: list[Tensor] = []
-        for part in (part for tensor in members for part in _parts(tensor)):
-            if bucket and sum(member.nbytes for member in bucket) + part.nbytes > BUCKET_BYTES:
-                yield bucket
-                bucket = []
-            bucket.append(part)
-        yield bucket
-
-
-def _parts(tensor: Tensor) -> Sequence[Tensor]:
-    """Views of at most ``BUCKET_BYTES``; a tensor that is not contiguous is left whole."""
-    return tensor.view(-1).split(BUCKET_BYTES // tensor.itemsize) if tensor.is_contiguous() else [tensor]
-
-
-@contextmanager
-def _flattened(bucket: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The tensors as one vector. The tensors get its values when the block ends."""
-    if len(bucket) == 1 and bucket[0].is_contiguous():
-        yield bucket[0].view(-1)
-        return
-    flat = torch.cat([tensor.flatten() for tensor in bucket])
-    yield flat
-    for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-        tensor.copy_(part.view_as(tensor))
