@@ -24,6 +24,7 @@ from grasp.model.grouping import group_linears_
 from grasp.model.kernel_linear import use_kernel_
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear, set_backend_
+from grasp.model.narrowing import narrowed_shapes
 from grasp.model.quantized_linear import QuantizedEmbedding, QuantizedLowRankLinear, is_quantized
 from grasp.model.size import parameter_count
 from grasp.model.targets import decoder, layer_targets
@@ -105,29 +106,29 @@ def unfuse_(model: nn.Module) -> None:
 def low_rank_layers(dense: PreTrainedModel, compressed: PreTrainedModel, name: str) -> tuple[list[int], float]:
     """The low-rank layers of ``compressed``, and the fraction of their matrices' parameters that the factors have.
 
-    Without any, the fraction is 1.
+    Where layers were removed, these are numbered as they are now. Without any, the fraction is 1.
 
     Raises:
-        CheckpointError: if nothing is low-rank, quantised or removed, or ``compressed`` was not made from ``dense``;
-            the message has ``name``.
+        CheckpointError: if nothing is low-rank, narrowed, quantised or removed, or ``compressed`` was not made from
+            ``dense``; the message has ``name``.
     """
     layers, factor_parameters, dense_parameters = [], 0, 0
-    originals = dict(dense.named_modules())
+    originals, narrowed = dict(dense.named_modules()), narrowed_shapes(compressed)
     for index, layer in enumerate(decoder(compressed).layers):
         linears = {path: module for path, module in layer.named_modules() if isinstance(module, _LOW_RANK)}
         for path, module in linears.items():
             full = f"{decoder(compressed).path}.{index}.{path}"
             original, shape = originals.get(full), (module.out_features, module.in_features)
-            if not isinstance(original, (nn.Linear, Conv1D)) or dense_shape(original) != shape:
+            before = dense_shape(original) if isinstance(original, (nn.Linear, Conv1D)) else None
+            if before is None or (before != shape and full not in narrowed):
                 raise CheckpointError(
                     f"{name} has a low-rank linear {full} of shape {shape}, the dense model has no such linear; "
                     "give the model that it was compressed from"
                 )
             factor_parameters += parameter_count(module) - (0 if module.bias is None else module.bias.numel())
-            dense_parameters += math.prod(shape)
+            dense_parameters += math.prod(before)
         layers += [index] if linears else []
-    shorter = len(decoder(compressed).layers) < len(decoder(dense).layers)
-    if not layers and not shorter and not is_quantized(compressed):
+    if not (layers or narrowed or shorter(compressed, dense) or is_quantized(compressed)):
         raise CheckpointError(f"{name} has no low-rank layers; expected a folder from grasp compress or quantize")
     expected = dense.get_input_embeddings().get_parameter("weight").float()
     embedding = compressed.get_input_embeddings()
@@ -140,6 +141,11 @@ def low_rank_layers(dense: PreTrainedModel, compressed: PreTrainedModel, name: s
             f"{name} has other embeddings than the dense model; give the model that it was compressed from"
         )
     return layers, factor_parameters / dense_parameters if layers else 1.0
+
+
+def shorter(compressed: PreTrainedModel, dense: PreTrainedModel) -> bool:
+    """Whether layers were removed."""
+    return len(decoder(compressed).layers) < len(decoder(dense).layers)
 
 
 def require_names(names: Iterable[str], known: Collection[str], what: str) -> None:
@@ -161,6 +167,8 @@ def providers(
     with leaving_out(left_out, REMOVED, TOO_LARGE, (UnsupportedModelError, ValueError)):
         if not layers:
             raise UnsupportedModelError("no layer is low-rank")
+        if shorter(compressed, dense):
+            raise UnsupportedModelError("layers of the compressed model were removed already")
         remove_layers_(removed := copy.deepcopy(dense), layers)
         models[REMOVED] = ModelProvider(removed)
     models[COMPRESSED] = ModelProvider(compressed, "auto")

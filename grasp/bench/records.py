@@ -119,7 +119,7 @@ class ModelResult(Record):
         backend: backend of all low-rank linears. ``auto`` chooses for each call. ``None`` without low-rank linears.
         factors: ``plain SVD``, or the name of the compressed checkpoint.
         dtype: of the weights, except a yardstick's.
-        layers: layers that are low-rank, or that ``removed`` lacks.
+        layers: layers that are low-rank, numbered as in the compressed model; those that ``removed`` lacks.
         retain_ratio: parameters of the factors over the parameters of the matrices that they replace.
         batch_size: sequences at a time.
         prompt_tokens: tokens of each prompt.

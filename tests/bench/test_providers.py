@@ -21,8 +21,10 @@ from grasp.model.dense import dense_weight
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.quantized_linear import QuantizedLowRankLinear
+from grasp.model.size import parameter_count
 from grasp.model.targets import layer_targets
 from grasp_kernels import dispatch
+from tests.narrowed_models import narrowed_model
 from tests.quantized_models import quantized_model
 from tests.tiny_models import tiny_batches, tiny_model
 
@@ -97,8 +99,25 @@ def test_an_unknown_backend_is_refused() -> None:
 
 
 def test_a_model_without_some_layers_is_a_compressed_one() -> None:
-    remove_layers_(removed := tiny_model("llama"), [1])
-    assert low_rank_layers(tiny_model("llama"), removed, "small") == ([], 1.0)
+    dense, removed = tiny_model("llama"), compressed("llama", [2])
+    remove_layers_(removed, [0, 2])
+    assert low_rank_layers(dense, removed, "small") == ([], 1.0)
+    remove_layers_(shorter := compressed("llama", [2]), [1])
+    models, left_out = providers(dense, shorter, layers := low_rank_layers(dense, shorter, "small")[0], ["reference"])
+    assert layers == [1]  # layer 2 of the dense model, whose layer 1 must not be removed in its place
+    assert {"compressed", "unfused"} <= set(models)
+    assert left_out == {"removed": "layers of the compressed model were removed already"}
+
+
+def test_a_model_without_some_channels_is_a_compressed_one() -> None:
+    dense, narrowed = tiny_model("llama"), narrowed_model()
+    path = "model.layers.1.mlp.gate_proj"
+    whole, gate = dense.get_submodule(path), narrowed.get_submodule(path)
+    layers, share = low_rank_layers(dense, narrowed, "small")
+    assert (layers, share) == ([1], parameter_count(gate) / parameter_count(whole))
+    assert parameter_count(gate) == 3 * (16 + whole.in_features)
+    narrowed.set_submodule(path, nn.Linear(gate.in_features, gate.out_features, bias=False))
+    assert low_rank_layers(dense, narrowed, "small") == ([], 1.0)
 
 
 def test_the_layers_of_a_compressed_model_are_found() -> None:

@@ -13,26 +13,13 @@ from grasp.errors import CheckpointError
 from grasp.method.storage import STORAGES
 from grasp.model.hf_quantizer import mark_compressed
 from grasp.model.layer_removal import remove_layers_
-from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.narrowing import can_narrow, narrow_mlp_, narrowed_shapes
 from grasp.model.quantized_linear import quantized_like
 from grasp.model.size import model_size
 from tests.checkpoint_edits import edit_config
 from tests.lowrank_models import assert_same_state, logits
+from tests.narrowed_models import CHANNELS, MLP, narrowed_model
 from tests.tiny_models import tiny_model
-
-MLP = "model.layers.1.mlp"
-CHANNELS = torch.arange(0, 32, 2)
-
-
-def narrowed_model(family: str = "llama", **overrides: Any) -> PreTrainedModel:
-    """A model with half of the channels in the MLP of layer 1; its gate has low rank there, the others are dense."""
-    model = tiny_model(family, **overrides)
-    mlp = model.get_submodule(MLP)
-    narrow_mlp_(mlp, CHANNELS, mlp.down_proj.weight[:, CHANNELS])
-    model.set_submodule(f"{MLP}.gate_proj", LowRankLinear.from_dense(mlp.gate_proj, torch.arange(3)))
-    mark_compressed(model)
-    return model
 
 
 def quantization(folder: Path) -> dict[str, Any]:
