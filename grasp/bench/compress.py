@@ -116,6 +116,7 @@ class AttributionSetting:
         grasp, naive = copy.deepcopy(self.model), copy.deepcopy(self.model)
         return race(
             *(grasp, naive, self.batches[: self.timed_batches], _sweeps(grasp, self.config), self.config.retain_ratio),
+            tokens=self.sequences.numel(),
             dtype=self.config.sweep_dtype,
         )
 

@@ -41,8 +41,8 @@ class Laps:
     sweeps: list[list[float]] = field(default_factory=list)
 
     def total(self, batches: int) -> float:
-        """Seconds of all sweeps over so many batches; extrapolated from the median if fewer were timed."""
-        return sum(sum(s) if len(s) == batches else median(s[1:]) * batches for s in self.sweeps)
+        """Seconds of all sweeps over so many batches, the first of each and those that were not timed at the median."""
+        return sum(sum(s[1:]) + median(s[1:]) * (1 + batches - len(s)) for s in self.sweeps)
 
     @property
     def spread(self) -> float:
@@ -52,7 +52,7 @@ class Laps:
 
 @dataclass
 class Race:
-    """The measurements of one schedule. The first batch of each sweep warms up, unless the whole set is timed."""
+    """The measurements of one schedule. The first batch of each sweep warms up, and may decompose weights."""
 
     prefix: Laps
     grasp: Laps
@@ -90,6 +90,7 @@ def race(
     sweeps: Sequence[Sequence[Target]],
     retain_ratio: float,
     *,
+    tokens: int,
     dtype: str | None = None,
 ) -> Race:
     """Run both sides through the same sweeps, in turns batch by batch; compress both models to the same groups.
@@ -100,6 +101,7 @@ def race(
         batches: calibration set or a part of it; at least 2 batches of one size.
         sweeps: the linears of ``grasp``, sweep by sweep.
         retain_ratio: fraction of each matrix's parameters to keep.
+        tokens: of the whole calibration set, which decide how the package sums gradients.
         dtype: dtype of the package's sweeps; the naive ones run in the model's own.
 
     Raises:
@@ -128,7 +130,7 @@ def race(
             result.naive.sweeps[-1].append(clock.lap())
 
         clock.lap()
-        sums = gather_gradients(prefix, targets, progress=take_turn)
+        sums = gather_gradients(prefix, targets, progress=take_turn, tokens=tokens)
         for target in targets:
             total, layer = sums[target], layers[target.name]
             svd, grad = total.result(dense_weight(target.module))

@@ -80,10 +80,12 @@ def gather_gradients(
     progress: Progress = no_progress,
     state: PartialSums | None = None,
     processes: Processes = ALONE,
+    tokens: int | None = None,
 ) -> dict[Target, GradientSum]:
     """Sum the gradient of the negative log-likelihood in the singular values of each target, in one sweep.
 
-    Arguments are those of ``gather_scores``.
+    Arguments are those of ``gather_scores``, and ``tokens`` is the number to choose between the sums by; by default
+    that of the batches.
 
     Returns:
         A sum for each target, in fp32 (fp64 for fp64). A target whose output does not reach the loss is left out.
@@ -92,7 +94,8 @@ def gather_gradients(
         NonFiniteError: if weights, the loss or a gradient are NaN or infinite.
         DistributedError: if another process fails.
     """
-    count, tokens = len(prefix.batches), sum(batch.num_tokens for batch in prefix.batches)
+    count = len(prefix.batches)
+    tokens = sum(batch.num_tokens for batch in prefix.batches) if tokens is None else tokens
     # Processes that share the tokens use ``DenseSum``. Each would decompose for itself, and the groups of two
     # decompositions can differ where singular values are close, so their sums cannot be added up.
     shared = processes.size > 1

@@ -31,7 +31,8 @@ def test_swaps_are_measured_by_the_importance_they_lose(kept: list[int], swaps: 
 def test_a_sample_is_extrapolated_by_its_median_without_the_first_batch() -> None:
     laps = Laps([[9.0, 1.0, 3.0, 2.0], [5.0, 1.0, 1.0, 1.0]])
     assert laps.total(10) == 10 * (2.0 + 1.0)
-    assert laps.total(4) == 15.0 + 8.0
+    assert laps.total(4) == 4 * (2.0 + 1.0)
+    assert Laps([[9.0, 1.0, 1.0, 4.0]]).total(5) == 1.0 + 1.0 + 4.0 + 2 * 1.0
     assert laps.spread == 1.0
 
 
@@ -41,7 +42,7 @@ def test_both_sides_end_with_the_same_model(schedule: str) -> None:
     ours, naive = copy.deepcopy(model), copy.deepcopy(model)
     targets = [target for layer in (0, 2) for target in layer_targets(ours, layer)[0]]
     sweeps, batches = plan_sweeps(targets, schedule), [CalibrationBatch(tokens) for tokens in tiny_batches(2)]
-    result = race(ours, naive, batches, sweeps, 0.4)
+    result = race(ours, naive, batches, sweeps, 0.4, tokens=24)
     assert (result.swaps, result.largest_gap) == (0, 0.0)
     assert len(result.grasp.sweeps) == len(result.naive.sweeps) == len(sweeps)
     assert {len(laps) for laps in (*result.grasp.sweeps, *result.naive.sweeps, *result.prefix.sweeps)} == {2}
@@ -58,7 +59,7 @@ def test_naive_flops_are_those_of_whole_passes_and_of_weights_built_anew() -> No
     ours, naive = copy.deepcopy(model), copy.deepcopy(model)
     targets = [target for target in layer_targets(ours, 2)[0] if target.block == "mlp"]
     batches = [CalibrationBatch(tokens) for tokens in tiny_batches(2, batch_size=1)]
-    counted = race(ours, naive, batches, [targets], 0.4).naive_flops
+    counted = race(ours, naive, batches, [targets], 0.4, tokens=24).naive_flops
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as forward:
         model(batches[0].input_ids)
     rows, vocabulary, wide, narrow = 12, 97, 48, 32

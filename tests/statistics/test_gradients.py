@@ -14,8 +14,7 @@ from grasp.method.svd import decompose
 from grasp.model.batch import CalibrationBatch
 from grasp.model.dense import dense_weight
 from grasp.model.targets import Target, decoder, layer_targets
-from grasp.statistics import gradients as attribution
-from grasp.statistics.gradients import gather_gradients
+from grasp.statistics.gradients import DenseSum, FactoredSum, dense_is_cheaper, gather_gradients
 from grasp.statistics.sweep import capture_prefix
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
 
@@ -23,11 +22,16 @@ LAYER = 1
 
 
 def gradients(
-    model: PreTrainedModel, batches: list[CalibrationBatch], targets: list[Target], dtype: str | None = None
+    model: PreTrainedModel,
+    batches: list[CalibrationBatch],
+    targets: list[Target],
+    dtype: str | None = None,
+    dense: bool | None = None,
 ) -> dict[str, Tensor]:
-    """∂L/∂σ of the mean loss, the targets in one sweep."""
+    """∂L/∂σ of the mean loss, the targets in one sweep; ``dense`` says how it is summed."""
     prefix = capture_prefix(model, batches, {min(target.layer for target in targets)}, dtype=dtype)
-    sums = gather_gradients(prefix, targets)
+    sums = gather_gradients(prefix, targets, tokens=None if dense is None else 10**6 if dense else 1)
+    assert dense is None or {type(total) for total in sums.values()} == {DenseSum if dense else FactoredSum}
     count = sum(batch.num_targets for batch in batches)
     return {target.name: total.result(dense_weight(target.module))[1] / count for target, total in sums.items()}
 
@@ -45,13 +49,10 @@ def of_block(targets: list[Target], block: str) -> list[Target]:
 
 @pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_autograd_through_svd_layers_in_the_graph(
-    family: str, dense: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attribution, "dense_is_cheaper", lambda shape, tokens: dense)
+def test_equals_autograd_through_svd_layers_in_the_graph(family: str, dense: bool) -> None:
     model, tokens = tiny_model(family, torch.float64), tiny_batches(3)
     targets, _ = layer_targets(model, LAYER)
-    grads = gradients(model, [CalibrationBatch(t) for t in tokens], targets)
+    grads = gradients(model, [CalibrationBatch(t) for t in tokens], targets, dense=dense)
     expected = naive_gradients(model, tokens, [target.name for target in targets])
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
@@ -60,7 +61,7 @@ def test_equals_autograd_through_svd_layers_in_the_graph(
 
 @pytest.mark.parametrize(("tokens", "dense"), [(4096, False), (4097, True)])
 def test_a_square_weight_is_summed_whole_above_as_many_tokens_as_it_has_rows(tokens: int, dense: bool) -> None:
-    assert attribution.dense_is_cheaper((4096, 4096), tokens) == dense
+    assert dense_is_cheaper((4096, 4096), tokens) == dense
 
 
 @pytest.mark.parametrize("family", FAMILIES)
