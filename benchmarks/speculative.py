@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +25,7 @@ from transformers import AutoTokenizer
 from benchmarks.study.records import STUDY_RECORDS, StudyDraft
 from grasp.bench.conditions import conditions, measure_card
 from grasp.bench.results import append_results, check_output
-from grasp.bench.servers import COMMAND, Process, Server, fetch, free_port, start
+from grasp.bench.servers import COMMAND, HOST, Process, Server, fetch, fetch_text, free_port, start
 from grasp.calibration import builtin_kinds, tokenize
 from grasp.cli.bench_tables import show_results
 from grasp.errors import GraspError
@@ -69,9 +68,9 @@ class Bench:
             arguments += ["--speculative-config", json.dumps(settings)]
         with tempfile.TemporaryDirectory() as scratch:
             port = free_port()
-            command = [*COMMAND, *arguments, "--port", str(port)]
+            command = [*COMMAND, *arguments, "--host", HOST, "--port", str(port)]
             with Process(command, Path(scratch, "server.log"), offline=True) as process:
-                server = start(process, model.name, f"http://127.0.0.1:{port}", 1800)
+                server = start(process, model.name, f"http://{HOST}:{port}", 1800)
                 self._continue(server, self.prompts[:1])  # compiles
                 before = read_counters(server)
                 answers = self._continue(server, self.prompts)
@@ -109,8 +108,7 @@ class Bench:
 
 def read_counters(server: Server) -> Counters:
     """The server's numbers by name and, where they have one, position in a draft."""
-    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
-        text = answer.read().decode()
+    text = fetch_text(f"{server.url}/metrics")
     return {(name, position): float(value) for name, position, value in COUNTER.findall(text)}
 
 

@@ -32,7 +32,7 @@ from benchmarks.study.methods import METHODS, CalibrationSet, Job, Outcome
 from benchmarks.study.records import STUDY_RECORDS
 from benchmarks.study.records import StudyResult as Cell
 from benchmarks.study.records import StudySetting as Setting
-from grasp.bench.conditions import conditions, measure_card
+from grasp.bench.conditions import ROOT, conditions, measure_card
 from grasp.bench.results import append_results, read_results
 from grasp.builtin import BUILTIN
 from grasp.calibration import bos_for, read_text, tokenize
@@ -84,7 +84,7 @@ class Study:
             batches, held_out = draw(self._tokenizer, text, samples)
             values = {name: value for name, value in asdict(self.setting).items() if name not in OF_EVALUATION}
             # What other code has computed is neither read nor resumed.
-            values |= {"seed": seed, "digest": batches_digest(batches), "commit": self._conditions.commit}
+            values |= {"seed": seed, "digest": batches_digest(batches), "code": code_digest()}
             fingerprint = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
             self._calibration = {seed: CalibrationSet(batches, held_out, self._cache / fingerprint, self.dtype)}
         return self._calibration[seed]
@@ -166,6 +166,13 @@ class Study:
         tasks, limit = self.setting.tasks, self.setting.limit
         results = evaluate_tasks(model, self._tokenizer, tasks, self._documents, limit, batch_size=8)["results"]
         return {task: float(results[task]["acc,none"]) for task in tasks}
+
+
+def code_digest() -> str:
+    """A digest of the sources that compress a model."""
+    files = (path for folder in ("grasp", "kernels", "csrc", "benchmarks/study") for path in (ROOT / folder).rglob("*"))
+    sources = sorted(path for path in files if path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 def without_folders(setting: Setting) -> Setting:

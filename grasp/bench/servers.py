@@ -177,13 +177,18 @@ def fetch(url: str, body: object = None) -> dict[str, Any]:
     Raises:
         ServerError: if there is no such answer.
     """
+    return parse_json(fetch_text(url, body), url, "the JSON of an OpenAI server", ServerError)
+
+
+def fetch_text(url: str, body: object = None) -> str:
+    """The text that a server answers; arguments and errors are those of ``fetch``. This machine needs no proxy."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
         direct = [urllib.request.ProxyHandler({})] if urlsplit(url).hostname in WITHOUT_PROXY else []
         timeout = ANSWER_SECONDS if body is None else COMPLETION_SECONDS
         with urllib.request.build_opener(*direct).open(request, timeout=timeout) as answer:
-            text = answer.read().decode()
+            return str(answer.read().decode())
     except urllib.error.HTTPError as error:
         reason = error.read().decode(errors="replace")
         raise ServerError(f"{url} answers HTTP {error.code}: {one_line(reason)}; expected 200") from error
@@ -191,7 +196,6 @@ def fetch(url: str, body: object = None) -> dict[str, Any]:
         raise ServerError(
             f"{url} does not answer ({one_line(error)}); expected a server with the OpenAI interface, such as vLLM"
         ) from error
-    return parse_json(text, url, "the JSON of an OpenAI server", ServerError)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from grasp.errors import MissingPackageError, TaskError
 from grasp.evaluation.task_documents import PACKAGE, find_source, read_documents
 from grasp.formatting import one_line
 from grasp.hub import HUB_ERRORS, reason
-from grasp.progress import Progress, no_progress
+from grasp.progress import Progress, no_progress, one_step
 from grasp.version import __version__
 
 if TYPE_CHECKING:
@@ -258,20 +258,25 @@ def _watched(model: PreTrainedModel, progress: Progress) -> Any:
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
 
     class WatchedHFLM(HFLM):
-        _done = _total = 0  # answers, or windows of tasks on whole texts; tasks that generate are not counted
+        _done = _total = 0  # answers; windows of whole texts, and tasks that generate, are not counted
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
             return super().loglikelihood(requests, disable_tqdm or progress is not no_progress)
 
-        def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> Any:
-            self._done, self._total = 0, len(requests)
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            with one_step(progress, "tasks"):
+                return super().loglikelihood_rolling(requests, disable_tqdm or progress is not no_progress)
+
+        def _loglikelihood_tokens(self, requests: list[Any], override_bs: int | None = None, **kwargs: Any) -> Any:
+            self._done, self._total = 0, 0 if override_bs else len(requests)
             try:
-                answers = super()._loglikelihood_tokens(requests, **kwargs)
+                answers = super()._loglikelihood_tokens(requests, override_bs=override_bs, **kwargs)
             except AssertionError as error:  # raised by lm-eval for a document that does not fit
                 raise TaskError(
                     f"a document has an answer of no token, or of more than the model's {self.max_length} positions"
                 ) from error
-            progress("tasks", self._total, self._total)
+            if self._total:
+                progress("tasks", self._total, self._total)
             return answers
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
@@ -288,8 +293,8 @@ def _watched(model: PreTrainedModel, progress: Progress) -> Any:
                 )
             logits = super()._model_call(inps, attn_mask, labels)
             self._done += len(inps)
-            # Answers of one token share a pass, so passes can end before all answers are known.
-            progress("tasks", min(self._done, self._total - 1), self._total)
+            if self._total:  # answers of one token share a pass, so passes can end before all answers are known
+                progress("tasks", min(self._done, self._total - 1), self._total)
             return logits
 
     return WatchedHFLM

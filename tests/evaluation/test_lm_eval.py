@@ -158,7 +158,9 @@ def test_documents_that_a_task_cannot_be_measured_on_are_refused(
 
 def test_a_task_of_whole_texts_has_a_perplexity(model: PreTrainedModel, tmp_path: Path) -> None:
     (tmp_path / "wikitext.jsonl").write_text(json.dumps({"page": "A man walks home. He is tired. " * 12}) + "\n")
-    results = evaluate_tasks(model, byte_tokenizer(), ["wikitext"], tmp_path)
+    seen: list[tuple[str, int, int]] = []
+    results = evaluate_tasks(model, byte_tokenizer(), ["wikitext"], tmp_path, progress=lambda *step: seen.append(step))
+    assert seen == [("tasks", 0, 1), ("tasks", 1, 1)]
     assert results["results"]["wikitext"]["byte_perplexity,none"] > 1
 
 

@@ -14,7 +14,6 @@ from benchmarks.study.ledger import Ledger
 from benchmarks.study.methods import METHODS, Job, Outcome
 from benchmarks.study.quality import Cell, kinds_table, main, missing
 from benchmarks.study.records import STUDY_RECORDS
-from grasp.bench import conditions
 from grasp.bench.results import read_results
 from grasp.calibration import builtin_kinds
 from tests.command_line import run_script, save_tiny_model
@@ -82,14 +81,16 @@ def test_a_study_is_continued_cell_by_cell(model: Path, tmp_path: Path, monkeypa
     assert " ± " in result.output
 
 
-def test_what_another_commit_has_computed_is_not_used(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for commit in "ab":
-        monkeypatch.setattr(conditions, "commit", lambda commit=commit: commit * 40)
-        result = run(model, tmp_path / f"{commit}.jsonl", "--methods", "plain SVD", "--ratios", "0.3", "--seeds", "0")
+def test_what_other_code_has_computed_is_not_used(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "root" / "grasp" / "compress.py"
+    source.parent.mkdir(parents=True)
+    monkeypatch.setattr(quality, "ROOT", tmp_path / "root")
+    for folders, code in enumerate(["a = 1", "a = 2"], start=1):
+        source.write_text(code)
+        output = tmp_path / f"{folders}.jsonl"
+        result = run(model, output, "--methods", "plain SVD", "--ratios", "0.3", "--seeds", "0")
         assert result.exit_code == 0, result.output
-    assert len([*(tmp_path / "cache").iterdir()]) == 2
+        assert len([*(tmp_path / "cache").iterdir()]) == folders
 
 
 def test_each_cell_compresses_a_dense_model_of_its_own_in_the_dtype_of_the_weights(
