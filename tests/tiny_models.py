@@ -59,6 +59,19 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", "Phi3ForCausalLM", {**_GQA, "pad_token_id": 0}),  # fused qkv and gate_up
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", {**_GQA, "num_local_experts": 2, "num_experts_per_tok": 1}),
 }
+IMAGE_TEXT = "gemma3_image_text"  # as Gemma-3 from 4B up; its tensors have other names in files than in the model
+_BUILT = {
+    **FAMILIES,
+    IMAGE_TEXT: (
+        "Gemma3Config",
+        "Gemma3ForConditionalGeneration",
+        {
+            "text_config": {**FAMILIES["gemma3"][2], "bos_token_id": 1, "eos_token_id": 2},
+            "vision_config": {**_COMMON, "num_hidden_layers": 1, "intermediate_size": 48, "image_size": 28},
+            "mm_tokens_per_image": 1,
+        },
+    ),
+}
 DENSE_FAMILIES = [family for family in FAMILIES if family != "mixtral"]
 
 
@@ -77,8 +90,9 @@ class ExactRMSNorm(nn.Module):
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random model in eval mode, with weights large enough that every layer matters to the loss."""
-    config_class, model_class, values = FAMILIES[family]
-    values = {**values, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": family == "gemma3", **overrides}
+    config_class, model_class, values = _BUILT[family]
+    tied = family.startswith("gemma3")
+    values = {**values, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": tied, **overrides}
     torch.manual_seed(seed)
     build: Callable[..., PreTrainedModel] = getattr(transformers, model_class)
     model = build(getattr(transformers, config_class)(**values))

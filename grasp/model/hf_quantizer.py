@@ -256,10 +256,10 @@ def _conversions(model: PreTrainedModel) -> Sequence[Any]:
 
 
 def _apart(conversions: Sequence[Any], config: GraspQuantizationConfig) -> list[Any]:
-    """The conversions of a checkpoint's tensors, but those that join or split tensors of a compressed module.
+    """The conversions of a checkpoint's tensors, but those that join, split or rename tensors of a compressed module.
 
-    They may join q, k and v to one matrix, which factors of different ranks cannot become. What they would have joined
-    is stored, and loaded, under the names of the modules.
+    They may join q, k and v to one matrix, which factors of different ranks cannot become. What they would have changed
+    is stored, and loaded, under the names of the modules, as ``quantization_config`` has them.
     """
     from transformers.core_model_loading import WeightConverter
 
@@ -268,7 +268,7 @@ def _apart(conversions: Sequence[Any], config: GraspQuantizationConfig) -> list[
 
     def is_apart(conversion: Any) -> bool:
         if not isinstance(conversion, WeightConverter):
-            return True
+            return all(conversion.reverse_transform().rename_source_key(name)[0] == name for name in names)
         if len(conversion.source_patterns) == len(conversion.target_patterns) == 1:
             return True
         reverse = conversion.reverse_transform()

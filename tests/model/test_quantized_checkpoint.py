@@ -24,7 +24,7 @@ from grasp.recovery import trainable_factors
 from tests.checkpoint_edits import edit_config, edit_tensors
 from tests.lowrank_models import assert_same_state, logits
 from tests.quantized_models import quantized_model
-from tests.tiny_models import tiny_model
+from tests.tiny_models import IMAGE_TEXT, tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
 
 UP, DENSE = "model.layers.1.mlp.up_proj", "model.layers.0.mlp.up_proj"
@@ -47,6 +47,7 @@ def saved(tmp_path: Path) -> Path:
         ("opt", "int8", torch.float32, True),
         ("mixtral", "int4/32", torch.float32, False),
         ("qwen2", "fp8", torch.bfloat16, True),
+        (IMAGE_TEXT, "int8", torch.bfloat16, True),
     ],
 )
 def test_a_model_saves_loads_and_dequantizes(
