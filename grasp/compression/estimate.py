@@ -23,7 +23,7 @@ from grasp.compression.memory import (
     quantizing_bytes,
     span_memory,
 )
-from grasp.compression.span_plan import PlannedSpan
+from grasp.compression.span_plan import PlannedSpan, SpanMemory
 from grasp.config import GraspConfig
 from grasp.method.channels import widths_of
 from grasp.method.ranks import Shape, break_even_rank, parameters_at, parameters_removed
@@ -114,7 +114,9 @@ class Estimate:
             "refit": fit * (not flops.held_out),
             "quantising": flops.quantizing / rates.sweeps + flops.rounding / rates.svd,
         }
-        return {kind: seconds / self.processes for kind, seconds in kinds.items() if seconds}
+        alone = {kind: seconds / self.processes for kind, seconds in kinds.items() if seconds}
+        # Each process quantises with all batches.
+        return alone | ({"quantising": kinds["quantising"]} if kinds["quantising"] else {})
 
     def time_left(self, rates: Rates) -> TimeLeft:
         """What shows the time left of the whole job at the given rates, adjusted to the pace that it has."""
@@ -251,6 +253,8 @@ class _Estimator:
             )
             for targets in members
         ]
+        if self._budget is not None:
+            max(memories, key=SpanMemory.least).plan(self._budget)  # raises with what all sweeps need
         plans = [memory.plan(memory.most() if self._budget is None else self._budget) for memory in memories]
         largest, spans = max(zip(memories, plans, strict=True), key=lambda pair: pair[0].most_of(pair[1]))
         layers, part = max(

@@ -16,6 +16,7 @@ from grasp.config import GraspConfig
 from grasp.method.basis import BASES
 from grasp.method.channels import narrow_flops
 from grasp.method.least_squares import fit_weight_flops, least_squares_flops, products_flops
+from grasp.method.metrics import METRICS
 from grasp.method.ranks import Shape, break_even_rank
 from grasp.method.rounding import rounding_flops
 from grasp.method.svd import decomposition_flops
@@ -217,7 +218,8 @@ def _statistics_flops(job: CompressionJob, tokens: int, targets: Sequence[Target
     if job.has_moments:
         for n, k in _shapes(targets):
             work = (tokens, n, k, min(n, k))
-            flops += min(dense_flops(*work), factored_flops(*work))
+            plain = not basis.inputs and METRICS[job.config.metric].moment == "first"  # else ``basis_moments``
+            flops += min(dense_flops(*work), factored_flops(*work)) if plain else factored_flops(*work)
     if basis.inputs:
         flops += tokens * covariance_bytes(targets, outputs=False) // job.sum_bytes
     if basis.outputs:

@@ -111,7 +111,8 @@ def compare_with_removal(run: Run, plan: Plan, scores: Sequence[float]) -> Decis
         return decision(run, dense, (), {})
     options = [dense, *_layers_removed(run, plan, removed_in_order(run, plan, dict(enumerate(scores))))]
     start = _start(run)
-    losses = {option.name: _measured(run, start, {}, option) for option in options}
+    measure = partial(_measured, run, start, {})
+    losses = {each.name: run.state.once(f"loss, {each.name}", partial(measure, each)) for each in options}
     return decision(run, dense, options, {name: loss for name, loss in losses.items() if math.isfinite(loss)})
 
 

@@ -149,14 +149,16 @@ def quantizing_bytes(tracer: Tracer) -> int:
 
 
 def statistics_bytes(targets: Collection[Target], config: GraspConfig, tokens: int, *, fetched: bool = False) -> int:
-    """The sums of one sweep: covariances, or the gradient of each weight, or its decomposition and their gradients."""
-    basis = BASES[config.basis]
+    """The sums of one sweep: covariances, or the gradient of each weight, and decompositions with their gradients."""
+    basis, moment = BASES[config.basis], METRICS[config.metric].moment
     shapes = [(item_bytes(target), *dense_shape(target.module)) for target in targets]
     groups = sum(itemsize * min(n, k) * (n + k + 2) for itemsize, n, k in shapes)
     if basis.inputs:
         projected = projected_outputs(targets, config)
         covariances = covariance_bytes(targets, outputs=basis.outputs, projected=projected, fetched=fetched)
-        return covariances if METRICS[config.metric].moment == "none" else max(covariances, groups)
+        return covariances if moment == "none" else covariances + groups
+    if moment != "first":
+        return groups if moment == "second" else 0
     return sum(
         itemsize * (n * k if dense_is_cheaper((n, k), tokens) else min(n, k) * (n + k + 2)) for itemsize, n, k in shapes
     )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
 from grasp.compression.layer_cost import tracer_for
-from grasp.compression.memory import span_memory
+from grasp.compression.memory import forward_bytes, span_memory
 from grasp.compression.span_plan import PlannedSpan, SpanMemory
 from grasp.config import GraspConfig
 from grasp.environment import free_bytes
@@ -19,7 +19,7 @@ from grasp.method.schedules import plan_sweeps
 from grasp.model.batch import CalibrationBatch
 from grasp.model.offload import fetched_bytes
 from grasp.model.running import first_device
-from grasp.model.targets import Target
+from grasp.model.targets import Target, decoder
 from grasp.statistics.processes import ALONE, Processes
 
 FREE_FRACTION = 0.9  # of the memory that is free once the model is loaded, if no budget is given
@@ -105,10 +105,12 @@ class MemoryBudget:
             fetched=extra > 0,
         )
         linears = [target for target in targets if config.layers is None or target.layer in config.layers]
-        peaks = []  # found now, so that too little memory is refused before the block influence is measured
-        for members in plan_sweeps(linears, config.schedule):
-            spans = needed(members)
-            peaks.append(spans.most_of(spans.plan(memory)))
+        # Too little memory is refused before the block influence is measured. The sweep that needs most says how much.
+        needs = sorted(map(needed, plan_sweeps(linears, config.schedule)), key=SpanMemory.least, reverse=True)
+        if config.layers is None and config.scope != "model":  # the layers below those that it finds run in copies
+            copies = forward_bytes(tracer, range(len(decoder(model).layers) - 1), model.dtype)
+            needs = [replace(spans, other=max(spans.other, copies)) for spans in needs]
+        peaks = [spans.most_of(spans.plan(memory)) for spans in needs]
         if not on_cpu or not peaks:
             return cls(needed, memory, host_memory)
         return cls(needed, max(peaks), memory - max(peaks))

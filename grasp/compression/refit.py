@@ -17,6 +17,7 @@ from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.offload import execution_device
 from grasp.model.targets import Target
 from grasp.progress import Progress, no_progress
+from grasp.statistics.covariance import require_finite
 from grasp.statistics.hidden_states import HiddenStates, Scratch
 from grasp.statistics.one_layer import OneLayer
 from grasp.statistics.processes import ALONE, Processes
@@ -130,6 +131,7 @@ class Refit:
 
         def solve(target: Target, weight: Tensor) -> dict[str, Tensor]:
             module = modules[target]
+            require_finite(target, "input covariance", sums.cross, sums.inputs)
             return {"U": least_squares(module.U, module.Vh, weight, sums, odd[target].products)}
 
         for target, left in self._processes.map_divided(group, solve, fetch=lambda t: dense_weight(t.module)):

@@ -16,6 +16,8 @@ from grasp.compression.run import Run
 from grasp.compression.selection import Extra, Selections, read_selection, write_groups
 from grasp.compression.span_plan import PlannedSpan
 from grasp.environment import return_freed_memory
+from grasp.method.basis import BASES
+from grasp.method.metrics import METRICS
 from grasp.model.dense import dense_weight
 from grasp.model.hooks import replaced
 from grasp.model.lowrank_linear import LowRankLinear
@@ -109,7 +111,8 @@ def _score(
 ) -> dict[Target, Score]:
     """Sweep a span; the scores of the linears that this process decomposes."""
     if not part:
-        if span.layers.start > min(prefix.hidden):
+        takes_gradients = BASES[run.config.basis].inputs or METRICS[run.config.metric].moment != "none"
+        if span.layers.start > min(prefix.hidden) and takes_gradients:
             with run.processes.fail_together():
                 sweep(prefix, (), lambda call: None, layers=span.layers)
         return {}

@@ -15,6 +15,7 @@ import torch
 from grasp.checkpoint import run_folder
 from grasp.checkpoint.run_state import RunState
 from grasp.compress import compress_
+from grasp.compression import held_out
 from grasp.config import GraspConfig
 from grasp.errors import CheckpointError, ResumeError
 from tests import interrupted
@@ -411,3 +412,16 @@ def test_an_unfinished_subfolder_that_is_none_is_refused(folder: Path, make: Cal
     with pytest.raises(ResumeError, match=r"contains unfinished, which no run writes"), RunState(folder):
         pass
     assert os.path.lexists(folder / "unfinished")
+
+
+def test_losses_that_a_uniform_budget_is_compared_with_are_measured_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, measure = [], held_out._measured
+    monkeypatch.setattr(held_out, "_measured", lambda *given: measured.append(given[-1].name) or measure(*given))
+    others = tiny_batches(1, seed=2)
+    stopped(folder, "prefix", 1, held_out=others)
+    assert len(measured) == 2  # the dense model, and without layers
+    report, _ = run(folder, held_out=others)
+    assert len(measured) == 2
+    assert report.held_out_loss.keys() >= set(measured)

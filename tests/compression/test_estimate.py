@@ -64,19 +64,20 @@ def without_planning(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("without_planning")
 @pytest.mark.parametrize(
-    ("family", "attention", "batches", "schedule"),
+    ("family", "attention", "batches", "schedule", "metric"),
     [
-        ("llama", "sdpa", 2, "sequential"),
-        ("llama", "eager", 4, "single-sweep"),
-        ("gpt2", "sdpa", 4, "sequential"),
-        ("gpt2", "sdpa", 4, "per-layer"),
+        ("llama", "sdpa", 2, "sequential", "taylor"),
+        ("llama", "eager", 4, "single-sweep", "taylor"),
+        ("llama", "sdpa", 4, "single-sweep", "fisher"),  # never sums gradients of weights
+        ("gpt2", "sdpa", 4, "sequential", "taylor"),
+        ("gpt2", "sdpa", 4, "per-layer", "taylor"),
     ],
 )
 def test_flops_equal_the_counted_flops_of_a_compression(
-    family: str, attention: str, batches: int, schedule: str
+    family: str, attention: str, batches: int, schedule: str, metric: str
 ) -> None:
     model = tiny_model(family, attn_implementation=attention)
-    config = GraspConfig(layers=(0, 2), retain_ratio=0.3, schedule=schedule)
+    config = GraspConfig(layers=(0, 2), retain_ratio=0.3, schedule=schedule, metric=metric)
     flops = estimate(job(model.config, config, num_samples=2 * batches), 2).flops
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         compress_(model, tiny_batches(batches, 2, 64), config)
@@ -253,6 +254,10 @@ def test_processes_divide_the_work_and_the_hidden_states() -> None:
     assert four.memory.fixed - one.memory.fixed == 2 * 2 * 4096 * 14336  # a gathered weight, twice
     rates = Rates(sweeps=2e12, statistics=2e12, svd=1e11)
     assert four.seconds(rates) == {kind: seconds / 4 for kind, seconds in one.seconds(rates).items()}
+    rounded = GraspConfig.best(target_bytes=8 * 10**9, bits=8)
+    alone, shared = (estimate(best_job(config=rounded, processes=count)).seconds(rates) for count in (1, 4))
+    assert shared["quantising"] == alone["quantising"] > 0  # each process rounds with all batches
+    assert shared["decompositions"] == alone["decompositions"] / 4
 
 
 @pytest.mark.parametrize(("samples", "few"), [(8, 1), (16, 2), (64, 2)])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from grasp.compression import refit
 from grasp.compression.refit import refit_
+from grasp.errors import NonFiniteError
 from grasp.method import least_squares as solver
 from grasp.method.least_squares import Moments, Products, least_squares
 from grasp.model.batch import CalibrationBatch
@@ -93,6 +94,15 @@ def test_the_compressed_model_comes_closer_to_the_dense_one_on_other_text() -> N
     before = distance()
     refit_(model, [CalibrationBatch(t) for t in tiny_batches(40)], targets)
     assert distance() < before
+
+
+def test_a_sum_that_overflows_is_refused() -> None:
+    model, _, targets = halved("llama", (1,))
+    up = next(target for target in targets if target.name.endswith("up_proj"))
+    with torch.no_grad():
+        up.module.weight.mul_(1e160)  # the products of what it gives are infinite
+    with pytest.raises(NonFiniteError, match=r"input covariance of model.layers.1.mlp.down_proj is NaN or infinite"):
+        refit_(model, [CalibrationBatch(t) for t in tiny_batches(1)], targets)
 
 
 def test_padding_counts_nothing() -> None:

@@ -98,6 +98,7 @@ CONFIGS = {
     "bf16": GraspConfig.best(compression_ratio=0.15, sweep_dtype="bfloat16"),
     "paper": GraspConfig.paper(**SOME),
     "single sweep": GraspConfig(**SOME, schedule="single-sweep"),
+    "magnitude": GraspConfig(layers=(0, 2), retain_ratio=0.3, schedule="single-sweep", metric="magnitude"),
     "fisher": GraspConfig(**SOME, schedule="single-sweep", basis="kfac", metric="fisher", refit=True),
 }
 
@@ -110,6 +111,7 @@ CONFIGS = {
         ("llama", "bf16", [in_parts]),
         ("gpt2", "paper", [layer_by_layer]),
         ("llama", "single sweep", [in_parts]),
+        ("llama", "magnitude", [in_parts]),
         ("gpt2", "fisher", [in_parts]),
     ],
 )
