@@ -97,8 +97,8 @@ def save_checkpoint(
     """
     target = Path(directory)
     if seen is None:
-        seen = contents(expanded(target)) if overwrite else {}
         target = check_directory(directory, overwrite=overwrite)
+        seen = contents(target) if overwrite else {}
     texts = {**({} if card is None else {"README.md": card}), **(extra_files or {})}
     mark_compressed(model)
     require_space(target, model.get_memory_footprint() + sum(len(text.encode()) for text in texts.values()))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from grasp.method.channels import widths_of
 from grasp.method.ranks import Shape
@@ -106,5 +107,5 @@ def narrowest_shapes(model: nn.Module) -> list[Shape]:
 def empty_linear(like: nn.Linear, shape: Shape, device: torch.device | str | None = None) -> nn.Linear:
     """A linear of the dtype of another one, of another shape, (N, K), without data."""
     (n, k), place = shape, like.weight.device if device is None else device
-    linear = nn.Linear(k, n, bias=like.bias is not None, device=place, dtype=like.weight.dtype)
+    linear: nn.Linear = skip_init(nn.Linear, k, n, bias=like.bias is not None, device=place, dtype=like.weight.dtype)
     return linear.train(like.training)
