@@ -114,9 +114,8 @@ class Estimate:
             "refit": fit * (not flops.held_out),
             "quantising": flops.quantizing / rates.sweeps + flops.rounding / rates.svd,
         }
-        alone = {kind: seconds / self.processes for kind, seconds in kinds.items() if seconds}
-        # Each process quantises with all batches.
-        return alone | ({"quantising": kinds["quantising"]} if kinds["quantising"] else {})
+        shares = dict.fromkeys(kinds, self.processes) | {"quantising": 1}  # each process quantises with all batches
+        return {kind: seconds / shares[kind] for kind, seconds in kinds.items() if seconds}
 
     def time_left(self, rates: Rates) -> TimeLeft:
         """What shows the time left of the whole job at the given rates, adjusted to the pace that it has."""

@@ -267,12 +267,12 @@ def _apart(conversions: Sequence[Any], config: GraspQuantizationConfig) -> list[
     names = [f"{path}.{tensor}" for path in paths for tensor in ("weight", "U", "Vh")]
 
     def is_apart(conversion: Any) -> bool:
-        if not isinstance(conversion, WeightConverter):
-            return all(conversion.reverse_transform().rename_source_key(name)[0] == name for name in names)
-        if len(conversion.source_patterns) == len(conversion.target_patterns) == 1:
+        joins = isinstance(conversion, WeightConverter)
+        if joins and len(conversion.source_patterns) == len(conversion.target_patterns) == 1:
             return True
         reverse = conversion.reverse_transform()
-        return all(reverse.rename_source_key(name)[1] is None for name in names)
+        renamed = ((name, *reverse.rename_source_key(name)) for name in names)
+        return all(pattern is None if joins else new == name for name, new, pattern in renamed)
 
     return [conversion for conversion in conversions if is_apart(conversion)]
 
