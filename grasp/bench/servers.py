@@ -181,7 +181,7 @@ def fetch(url: str, body: object = None) -> dict[str, Any]:
 
 
 def fetch_text(url: str, body: object = None) -> str:
-    """The text that a server answers; arguments and errors are those of ``fetch``. This machine needs no proxy."""
+    """The text that a server answers; arguments and errors are those of ``fetch``. No proxy to this machine."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:

@@ -216,9 +216,9 @@ def _statistics_flops(job: CompressionJob, tokens: int, targets: Sequence[Target
     """FLOPs of the gradients in the singular values, and of one half of each symmetric covariance."""
     basis, flops = BASES[job.config.basis], 0
     if job.has_moments:
+        plain = not basis.inputs and METRICS[job.config.metric].moment == "first"  # else ``basis_moments``
         for n, k in _shapes(targets):
             work = (tokens, n, k, min(n, k))
-            plain = not basis.inputs and METRICS[job.config.metric].moment == "first"  # else ``basis_moments``
             flops += min(dense_flops(*work), factored_flops(*work)) if plain else factored_flops(*work)
     if basis.inputs:
         flops += tokens * covariance_bytes(targets, outputs=False) // job.sum_bytes

@@ -84,8 +84,7 @@ def gather_gradients(
 ) -> dict[Target, GradientSum]:
     """Sum the gradient of the negative log-likelihood in the singular values of each target, in one sweep.
 
-    Arguments are those of ``gather_scores``, and ``tokens`` is the number to choose between the sums by; by default
-    that of the batches.
+    Arguments are those of ``gather_scores``. ``tokens``, by default those of the batches, decide how sums are made.
 
     Returns:
         A sum for each target, in fp32 (fp64 for fp64). A target whose output does not reach the loss is left out.

@@ -14,7 +14,7 @@ from torch import nn
 from grasp.cli.arguments import parse_bytes
 from grasp.compression.eligible import eligible_targets
 from grasp.compression.layer_cost import Tracer
-from grasp.compression.memory import CODE_BYTES, code_bytes, needs_of, retained_groups
+from grasp.compression.memory import CODE_BYTES, code_bytes, needs_of, retained_groups, statistics_bytes
 from grasp.compression.span_plan import LayerNeeds, PlannedSpan, SpanMemory
 from grasp.config import GraspConfig
 from grasp.errors import OutOfMemoryError
@@ -191,3 +191,15 @@ def test_a_threshold_and_first_order_scores_read_all_groups() -> None:
     assert retained_groups(config, (64, 64)) == 31
     assert retained_groups(replace(config, threshold_ratio=0.9), (64, 64)) is None
     assert retained_groups(GraspConfig(num_layers=1), (64, 64)) is None
+
+
+def test_moments_are_held_beside_the_covariances_of_their_basis() -> None:
+    targets = [linear(0, name, 96, 64) for name in NAMES]
+
+    def taken(basis: str, metric: str) -> int:
+        return statistics_bytes(targets, GraspConfig(basis=basis, metric=metric, schedule="single-sweep"), 1000)
+
+    groups = taken("plain", "fisher")
+    assert groups == len(targets) * 4 * 64 * (96 + 64 + 2)
+    assert taken("kfac", "fisher") == taken("kfac", "magnitude") + groups
+    assert taken("plain", "magnitude") == 0

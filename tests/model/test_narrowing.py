@@ -40,7 +40,9 @@ def test_a_channel_counts_for_nothing_else() -> None:
     expected = mlp.down_proj.weight.clone()
     expected[:, others] = 0
     hidden = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+    before = torch.get_rng_state()
     narrow_mlp_(mlp, CHANNELS, mlp.down_proj.weight[:, CHANNELS])
+    assert torch.equal(torch.get_rng_state(), before)  # nothing is drawn for weights that are copied
     torch.testing.assert_close(mlp(x), hidden @ expected.mT)
     assert narrowed_shapes(model)[f"{MLP}.up_proj"] == (16, mlp.hidden_size)
 
