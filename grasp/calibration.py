@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from io import TextIOWrapper
-from itertools import chain, pairwise
+from itertools import chain, cycle, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -69,6 +69,7 @@ _ARTICLE_GROUP = 25
 CHARACTERS = 8_000_000  # of a streamed text, at least; a file of up to this many bytes is read whole,
 _LEAST = 1_000_000  # and this many bytes, at least, of a larger one
 _CHARACTERS_PER_TOKEN = 6  # an upper bound of the mean
+_TOKENS_PER_FIRST = 16  # calibration tokens for one of sequences of two
 _PIECE = 25_000  # characters, or bytes where pieces are spaced
 
 
@@ -373,6 +374,44 @@ def batches_and_others(
     rng.shuffle(starts)
     chosen = [free[rng.randrange(part.start, part.stop)] for part in _equal_parts(len(free), min(others, len(free)))]
     return _cut(tokens, starts, length, bos, batch_size), _cut(tokens, chosen, length, bos, batch_size)
+
+
+def first_token_batches(
+    tokenizer: PreTrainedTokenizerBase, batches: Sequence[CalibrationBatch], *, vocabulary: int, seed: int = 0
+) -> list[CalibrationBatch]:
+    """Draw sequences of two tokens, a sixteenth of all tokens, for a tokenizer that puts no BOS before a text.
+
+    All tokens of a sequence attend to its first one, whatever it is, and long sequences show few of them. Each fourth
+    of these begins with a special token, as chats do; the others are parts of ``batches``.
+
+    Args:
+        tokenizer: the tokenizer.
+        batches: from ``token_batches``; what is returned belongs behind them.
+        vocabulary: special tokens from this number on are left out.
+        seed: selects the sequences.
+
+    Returns:
+        Batches with at most as many tokens as the given ones; none if the tokenizer puts a BOS before a text.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> letters = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, "b": 1}, [])))
+        >>> batches = token_batches(letters, 40 * "abba", num_samples=2, seq_len=64)
+        >>> [tuple(batch.input_ids.shape) for batch in first_token_batches(letters, batches, vocabulary=2)]
+        [(4, 2)]
+    """
+    if bos_for(tokenizer) is not None:
+        return []
+    pairs = torch.cat([batch.input_ids.unfold(1, 2, 1).flatten(0, 1) for batch in batches])
+    count = sum(batch.num_tokens for batch in batches) // (2 * _TOKENS_PER_FIRST)
+    rows = pairs[random.Random(seed).sample(range(len(pairs)), count)]
+    added = [token for token, content in tokenizer.added_tokens_decoder.items() if content.special]
+    special = [token for token in dict.fromkeys([*tokenizer.all_special_ids, *added]) if token < vocabulary]
+    for row, token in zip(rows[::4], cycle(special), strict=False):
+        row[0] = token
+    most = max(batch.input_ids.numel() for batch in batches) // 2
+    return [CalibrationBatch(batch) for batch in rows.split(most)] if count else []
 
 
 def _equal_parts(length: int, count: int) -> list[range]:

@@ -19,6 +19,7 @@ from grasp.checkpoint.run_state import NoState
 from grasp.compress import carry_out_
 from grasp.compression.run import start_run
 from grasp.config import GraspConfig
+from grasp.method.basis import BASES
 from grasp.method.ranks import redundant_layers
 from grasp.model.batch import CalibrationBatch, as_batches
 from grasp.model.layer_removal import remove_layers_
@@ -48,15 +49,22 @@ class CalibrationSet:
 
     Args:
         batches: the sequences of this seed.
+        first_tokens: sequences of two tokens, which methods with covariances see as well.
         held_out: other sequences, an eighth as many, which decide between the candidates of ``best``.
         folder: cache of the statistics.
         dtype: the model runs over the calibration tokens in this dtype; ``None`` for its own.
     """
 
     def __init__(
-        self, batches: list[CalibrationBatch], held_out: list[CalibrationBatch], folder: Path, dtype: str | None
+        self,
+        batches: list[CalibrationBatch],
+        first_tokens: list[CalibrationBatch],
+        held_out: list[CalibrationBatch],
+        folder: Path,
+        dtype: str | None,
     ) -> None:
-        self.batches, self.held_out, self.folder, self.dtype = batches, held_out, folder, dtype
+        self.batches, self.first_tokens, self.held_out = batches, first_tokens, held_out
+        self.folder, self.dtype = folder, dtype
         folder.mkdir(parents=True, exist_ok=True)
         self.statistics = CachedStatistics(folder)
         self._block_influence = folder / "block_influence.json"
@@ -115,7 +123,8 @@ def compressed(*, chooses: bool = False, **options: Any) -> Method:
         calibration, state = job.calibration, job.state
         config = GraspConfig(compression_ratio=job.ratio, sweep_dtype=calibration.dtype, **options)
         influence = calibration.block_influence(model)
-        batches = as_batches(calibration.batches)
+        seen = [*calibration.batches, *(calibration.first_tokens if BASES[config.basis].inputs else ())]
+        batches = as_batches(seen)
         held_out = calibration.held_out if chooses else []
         run = start_run(
             *(model, batches, config, None, job.progress, state, ALONE), held_out=held_out, memory=job.memory

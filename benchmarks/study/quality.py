@@ -35,7 +35,7 @@ from benchmarks.study.records import StudySetting as Setting
 from grasp.bench.conditions import ROOT, conditions, measure_card
 from grasp.bench.results import append_results, read_results
 from grasp.builtin import BUILTIN
-from grasp.calibration import bos_for, read_text, tokenize
+from grasp.calibration import bos_for, first_token_batches, read_text, tokenize
 from grasp.checkpoint.run_state import RunState
 from grasp.cli.arguments import parse_bytes
 from grasp.errors import GraspError
@@ -45,6 +45,7 @@ from grasp.loading import load_model
 from grasp.model.batch import batches_digest
 from grasp.model.running import casting, first_device
 from grasp.model.size import model_size
+from grasp.model.targets import vocabulary_size
 from grasp.progress import Notify
 from grasp.workflows.kinds import batches_by_kind, losses_by_kind
 from grasp.workflows.samples import Samples, draw
@@ -64,7 +65,7 @@ class Study:
         model, self._tokenizer = load_model(setting.model, dtype=setting.weights)
         self.size = model_size(model)
         self._conditions = conditions(measure_card(device := first_device(model), torch.float32), device)
-        self._bos = bos_for(self._tokenizer)
+        self._bos, self._vocabulary = bos_for(self._tokenizer), vocabulary_size(model)
         self._calibration: dict[int, CalibrationSet] = {}
         tokens = tokenize(self._tokenizer, read_text(setting.text, split="evaluation"))
         count = None if setting.windows is None else setting.windows * (setting.window - (self._bos is not None))
@@ -82,11 +83,14 @@ class Study:
             of, text = self.setting, read_text(self.setting.calibration)
             samples = Samples(of.calibration, of.num_samples, of.seq_len, of.batch_size, seed)
             batches, held_out = draw(self._tokenizer, text, samples)
+            first_tokens = first_token_batches(self._tokenizer, batches, vocabulary=self._vocabulary, seed=seed)
             values = {name: value for name, value in asdict(self.setting).items() if name not in OF_EVALUATION}
             # What other code has computed is neither read nor resumed.
             values |= {"seed": seed, "digest": batches_digest(batches), "code": code_digest()}
             fingerprint = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
-            self._calibration = {seed: CalibrationSet(batches, held_out, self._cache / fingerprint, self.dtype)}
+            self._calibration = {
+                seed: CalibrationSet(batches, first_tokens, held_out, self._cache / fingerprint, self.dtype)
+            }
         return self._calibration[seed]
 
     def cell(self, method: str, ratio: float, seed: int, dense: Cell | None) -> Cell:

@@ -79,15 +79,15 @@ class MemoryBudget:
         memory = processes.least(memory)
         if host_memory is None and not on_cpu:
             host_memory = int(FREE_FRACTION * free_bytes(torch.device("cpu")) / processes.size)
-        shapes = [batch.input_ids.shape for batch in batches]
+        longest = max(batch.input_ids.shape[1] for batch in batches)
         tokens = sum(batch.num_tokens for batch in batches)
         try:
             tracer = tracer_for(
                 model.config,
                 dtype=model.dtype if config.sweep_dtype is None else getattr(torch, config.sweep_dtype),
                 device=device,
-                batch_size=max(rows for rows, _ in shapes),
-                seq_len=max(columns for _, columns in shapes),
+                batch_size=-(-max(batch.input_ids.numel() for batch in batches) // longest),
+                seq_len=longest,
                 model_class=type(model),  # transformers may not know it
             )
         except UnsupportedModelError:

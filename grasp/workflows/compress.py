@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.bench.costs import costs_for, find_costs
 from grasp.builtin import BUILTIN
+from grasp.calibration import first_token_batches
 from grasp.checkpoint.card import model_card, read_license
 from grasp.checkpoint.compression_report import (
     COMPRESSED,
@@ -42,6 +43,7 @@ from grasp.method.basis import BASES
 from grasp.model.dense import dense_shape
 from grasp.model.hf_quantizer import require_floating
 from grasp.model.running import first_device
+from grasp.model.targets import vocabulary_size
 from grasp.progress import Notify, Progress, TimeLeft, no_notify, no_progress, one_step
 from grasp.statistics.processes import ALONE, Processes
 from grasp.statistics.sharding import collect_, shard_
@@ -140,6 +142,8 @@ def compress(
             )
             samples = _with_batch_size(model, job, samples, state.batch_size, memory, notify, processes)
             batches, held_out = draw(tokenizer, text, samples, notify)
+            if BASES[config.basis].inputs:  # covariances know the first tokens that they have seen, and no others
+                batches += first_token_batches(tokenizer, batches, vocabulary=vocabulary_size(model), seed=samples.seed)
             kinds = batches_by_kind(model, tokenizer, samples.seq_len, notify)
             for batch in chain(batches, held_out):
                 require_known(model, batch.input_ids)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.bench.providers import truncate_
 from grasp.builtin import BUILTIN
-from grasp.calibration import bos_for, builtin_text, tokenize
+from grasp.calibration import bos_for, builtin_text, first_token_batches, tokenize
 from grasp.checkpoint.compression_report import CompressionReport
 from grasp.checkpoint.saving import check_directory
 from grasp.compress import compress_
@@ -28,6 +28,7 @@ from grasp.files import contents, expanded
 from grasp.loading import load_quietly
 from grasp.model.layer_removal import remove_layers_
 from grasp.model.size import model_size
+from grasp.model.targets import vocabulary_size
 from grasp.progress import Progress, named, no_progress
 from grasp.reading import read_json
 from grasp.workflows.compress import with_request, write_checkpoint
@@ -113,7 +114,11 @@ def run_demo(output: str | Path, sizes: DemoSizes | None = None, *, progress: Pr
     published = compress_(grasp, batches, paper, progress=progress)
     best = copy.deepcopy(dense)
     config = GraspConfig.best(compression_ratio=published.compression_ratio)
-    report = with_request(compress_(best, batches, config, held_out=held_out, progress=progress), BUILTIN, samples)
+    best_batches = [
+        *batches,
+        *first_token_batches(tokenizer, batches, vocabulary=vocabulary_size(best), seed=sizes.seed),
+    ]
+    report = with_request(compress_(best, best_batches, config, held_out=held_out, progress=progress), BUILTIN, samples)
     removed = copy.deepcopy(dense)
     remove_layers_(removed, published.redundant_layers)
     truncated = copy.deepcopy(dense)
