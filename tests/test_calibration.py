@@ -18,6 +18,7 @@ from grasp.calibration import (
     bos_for,
     builtin_kinds,
     builtin_text,
+    first_token_batches,
     read_pieces,
     read_text,
     token_batches,
@@ -100,6 +101,36 @@ def test_other_sequences_are_none_of_the_drawn_ones_and_change_none(others: int,
     everything = [token for sample in drawn + more for token in sample[1:]]
     assert len(set(everything)) == len(everything) == 7 * len(drawn + more)
     assert len(more) in ({expected} if expected is not None else range(4, 9))  # 8 more have room, if no gap is odd
+
+
+def test_first_tokens_are_those_of_the_text_and_special_ones() -> None:
+    tokenizer, text = byte_tokenizer(), "".join(chr(33 + i % 90) for i in range(2048))
+    batches = token_batches(tokenizer, text, num_samples=7, seq_len=256, batch_size=2)
+    more = first_token_batches(tokenizer, batches, vocabulary=2, seed=1)
+    assert [batch.input_ids.shape for batch in more] == [(56, 2)]  # a sixteenth as many tokens, at most 2 x 256
+    tokens = tokenize(tokenizer, text).tolist()
+    seen = set(pairwise(tokens))
+    drawn = rows(more)
+    assert [first for first, _ in drawn[::4]] == [BOS, 0, *6 * [BOS, 0]]  # </s> is not in the vocabulary
+    assert {second for _, second in drawn} <= set(tokens)
+    others = [tuple(row) for index, row in enumerate(drawn) if index % 4]
+    assert set(others) <= seen
+    assert len(set(others)) > 30
+    assert drawn != rows(first_token_batches(tokenizer, batches, vocabulary=2, seed=2))
+
+
+def test_first_tokens_come_in_batches_no_larger_than_the_given_ones() -> None:
+    tokenizer, text = byte_tokenizer(), DISTINCT * 30
+    batches = token_batches(tokenizer, text, num_samples=40, seq_len=64)
+    assert [len(batch.input_ids) for batch in first_token_batches(tokenizer, batches, vocabulary=99)] == [32, 32, 16]
+    assert not first_token_batches(tokenizer, batches[:1], vocabulary=99)[2:]
+
+
+@pytest.mark.parametrize(("adds_bos", "samples"), [(True, 8), (False, 1)])
+def test_a_bos_is_the_only_first_token_and_a_few_tokens_show_none(adds_bos: bool, samples: int) -> None:
+    tokenizer = byte_tokenizer(adds_bos=adds_bos)
+    batches = token_batches(tokenizer, DISTINCT * 9, num_samples=samples, seq_len=20)
+    assert first_token_batches(tokenizer, batches, vocabulary=99) == []
 
 
 def test_batches_are_int64_without_padding() -> None:

@@ -12,7 +12,19 @@ from grasp.compression.memory_budget import MemoryBudget
 from grasp.config import GraspConfig
 from grasp.errors import OutOfMemoryError
 from grasp.model.batch import CalibrationBatch
-from tests.tiny_models import tiny_batches
+from tests.tiny_models import tiny_batches, tiny_model
+
+
+def test_many_short_sequences_take_no_more_memory_than_as_many_tokens_in_long_ones() -> None:
+    model = tiny_model("llama")
+    linears = [target for layer in eligible_targets(model)[0].values() for target in layer]
+    long, short = (CalibrationBatch(torch.zeros(shape, dtype=torch.int64)) for shape in [(2, 32), (32, 2)])
+
+    def budget(*batches: CalibrationBatch) -> int:
+        config = GraspConfig(num_layers=1)
+        return MemoryBudget.of(model, batches, config, linears, memory=10**9, host_memory=None).device
+
+    assert budget(long, short) == budget(long)
 
 
 @pytest.mark.parametrize(
