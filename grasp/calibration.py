@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from io import TextIOWrapper
-from itertools import chain, cycle, pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -69,7 +69,7 @@ _ARTICLE_GROUP = 25
 CHARACTERS = 8_000_000  # of a streamed text, at least; a file of up to this many bytes is read whole,
 _LEAST = 1_000_000  # and this many bytes, at least, of a larger one
 _CHARACTERS_PER_TOKEN = 6  # an upper bound of the mean
-_TOKENS_PER_FIRST = 16  # calibration tokens for one of sequences of two
+_TOKENS_PER_FIRST = 16  # calibration tokens for one of sequences of three
 _PIECE = 25_000  # characters, or bytes where pieces are spaced
 
 
@@ -379,10 +379,11 @@ def batches_and_others(
 def first_token_batches(
     tokenizer: PreTrainedTokenizerBase, batches: Sequence[CalibrationBatch], *, vocabulary: int, seed: int = 0
 ) -> list[CalibrationBatch]:
-    """Draw sequences of two tokens, a sixteenth of all tokens, for a tokenizer that puts no BOS before a text.
+    """Draw sequences of three tokens, a sixteenth as many in all, for a tokenizer that puts no BOS before a text.
 
-    All tokens of a sequence attend to its first one, whatever it is, and long sequences show few of them. Each fourth
-    of these begins with a special token, as chats do; the others are parts of ``batches``.
+    All tokens of a sequence attend to its first one, whatever it is, and long sequences show few of them. A fourth of
+    these begin with a special token, as chats do; half of those with one that has a role, such as EOS. The others are
+    parts of ``batches``.
 
     Args:
         tokenizer: the tokenizer.
@@ -391,7 +392,8 @@ def first_token_batches(
         seed: selects the sequences.
 
     Returns:
-        Batches with at most as many tokens as the given ones; none if the tokenizer puts a BOS before a text.
+        Batches with at most three quarters as many tokens as the given ones, because some models pad short sequences;
+        none if the tokenizer puts a BOS before a text.
 
     Example:
         >>> from tokenizers import Tokenizer, models
@@ -399,19 +401,22 @@ def first_token_batches(
         >>> letters = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, "b": 1}, [])))
         >>> batches = token_batches(letters, 40 * "abba", num_samples=2, seq_len=64)
         >>> [tuple(batch.input_ids.shape) for batch in first_token_batches(letters, batches, vocabulary=2)]
-        [(4, 2)]
+        [(2, 3)]
     """
-    if bos_for(tokenizer) is not None:
+    longest = max(batch.input_ids.shape[1] for batch in batches)
+    if bos_for(tokenizer) is not None or longest < 3:
         return []
-    pairs = torch.cat([batch.input_ids.unfold(1, 2, 1).flatten(0, 1) for batch in batches])
-    count = sum(batch.num_tokens for batch in batches) // (2 * _TOKENS_PER_FIRST)
-    rows = pairs[random.Random(seed).sample(range(len(pairs)), count)]
+    parts = torch.cat([batch.input_ids.unfold(1, 3, 1).flatten(0, 1) for batch in batches])
+    count = sum(batch.num_tokens for batch in batches) // (3 * _TOKENS_PER_FIRST)
+    rng = random.Random(seed)
+    rows = parts[rng.sample(range(len(parts)), count)]
     added = [token for token, content in tokenizer.added_tokens_decoder.items() if content.special]
-    special = [token for token in dict.fromkeys([*tokenizer.all_special_ids, *added]) if token < vocabulary]
-    for row, token in zip(rows[::4], cycle(special), strict=False):
-        row[0] = token
-    most = max(batch.input_ids.numel() for batch in batches) // 2
-    return [CalibrationBatch(batch) for batch in rows.split(most)] if count else []
+    roles = [token for token in tokenizer.all_special_ids if token in added and token < vocabulary]
+    special = [token for token in added if token < vocabulary]
+    firsts = [rng.choice(each) for each in (roles, special) if each for _ in range(count // 8)]
+    rows[: len(firsts), 0] = torch.tensor(firsts, dtype=torch.int64)
+    most = max(batch.input_ids.numel() for batch in batches) // 4
+    return [CalibrationBatch(batch) for batch in rows.split(max(1, most))] if count else []
 
 
 def _equal_parts(length: int, count: int) -> list[range]:

@@ -79,21 +79,26 @@ class MemoryBudget:
         memory = processes.least(memory)
         if host_memory is None and not on_cpu:
             host_memory = int(FREE_FRACTION * free_bytes(torch.device("cpu")) / processes.size)
-        longest = max(batch.input_ids.shape[1] for batch in batches)
-        tokens = sum(batch.num_tokens for batch in batches)
+        lengths = [batch.input_ids.shape[1] for batch in batches]
+        largest, tokens = max(batch.input_ids.numel() for batch in batches), sum(batch.num_tokens for batch in batches)
         try:
-            tracer = tracer_for(
-                model.config,
-                dtype=model.dtype if config.sweep_dtype is None else getattr(torch, config.sweep_dtype),
-                device=device,
-                batch_size=-(-max(batch.input_ids.numel() for batch in batches) // longest),
-                seq_len=longest,
-                model_class=type(model),  # transformers may not know it
-            )
+            tracers = [
+                tracer_for(
+                    model.config,
+                    dtype=model.dtype if config.sweep_dtype is None else getattr(torch, config.sweep_dtype),
+                    device=device,
+                    batch_size=-(-largest // length),
+                    seq_len=length,
+                    model_class=type(model),  # transformers may not know it
+                )
+                for length in sorted({min(lengths), max(lengths)}, reverse=True)
+            ]
         except UnsupportedModelError:
             if is_given:
                 raise
             return cls(None, memory, host_memory)
+        # Attention takes more for long sequences, layers that pad to a multiple of some tokens for short ones.
+        tracer = max(tracers, key=lambda each: forward_bytes(each, range(0), model.dtype))
         extra = fetched_bytes(model)
         needed = partial(
             span_memory,
