@@ -70,6 +70,7 @@ CHARACTERS = 8_000_000  # of a streamed text, at least; a file of up to this man
 _LEAST = 1_000_000  # and this many bytes, at least, of a larger one
 _CHARACTERS_PER_TOKEN = 6  # an upper bound of the mean
 _TOKENS_PER_FIRST = 16  # calibration tokens for one of sequences of three
+_PADDED = 64  # tokens that gated delta rules and the like pad a sequence to
 _PIECE = 25_000  # characters, or bytes where pieces are spaced
 
 
@@ -392,8 +393,8 @@ def first_token_batches(
         seed: selects the sequences.
 
     Returns:
-        Batches with at most three quarters as many tokens as the given ones, because some models pad short sequences;
-        none if the tokenizer puts a BOS before a text.
+        Batches of fewer tokens than the given ones, because some models pad short sequences; none if the tokenizer puts
+        a BOS before a text.
 
     Example:
         >>> from tokenizers import Tokenizer, models
@@ -415,8 +416,9 @@ def first_token_batches(
     special = [token for token in added if token < vocabulary]
     firsts = [rng.choice(each) for each in (roles, special) if each for _ in range(count // 8)]
     rows[: len(firsts), 0] = torch.tensor(firsts, dtype=torch.int64)
-    most = max(batch.input_ids.numel() for batch in batches) // 4
-    return [CalibrationBatch(batch) for batch in rows.split(max(1, most))] if count else []
+    largest = max(batch.input_ids.numel() for batch in batches)
+    most = min(largest // 3, max(_PADDED, largest // _PADDED))
+    return [CalibrationBatch(batch) for batch in rows.split(most)] if count else []
 
 
 def _equal_parts(length: int, count: int) -> list[range]:

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from grasp import builtin, calibration
 from grasp.calibration import (
@@ -105,32 +107,44 @@ def test_other_sequences_are_none_of_the_drawn_ones_and_change_none(others: int,
 
 def test_first_tokens_are_those_of_the_text_and_special_ones() -> None:
     tokenizer, text = byte_tokenizer(), "".join(chr(33 + i % 90) for i in range(2048))
-    batches = token_batches(tokenizer, text, num_samples=7, seq_len=256, batch_size=2)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>"]}, replace_extra_special_tokens=False)
+    batches = token_batches(tokenizer, text, num_samples=6, seq_len=256, batch_size=2)
     more = first_token_batches(tokenizer, batches, vocabulary=2, seed=1)
-    assert [batch.input_ids.shape for batch in more] == [(56, 2)]  # a sixteenth as many tokens, at most 2 x 256
+    assert [batch.input_ids.shape for batch in more] == [(32, 3)]  # a sixteenth as many tokens, at most 2 x 256
     tokens = tokenize(tokenizer, text).tolist()
-    seen = set(pairwise(tokens))
-    drawn = rows(more)
-    assert [first for first, _ in drawn[::4]] == [BOS, 0, *6 * [BOS, 0]]  # </s> is not in the vocabulary
-    assert {second for _, second in drawn} <= set(tokens)
-    others = [tuple(row) for index, row in enumerate(drawn) if index % 4]
-    assert set(others) <= seen
-    assert len(set(others)) > 30
-    assert drawn != rows(first_token_batches(tokenizer, batches, vocabulary=2, seed=2))
+    seen = {*zip(tokens, tokens[1:], tokens[2:], strict=False)}
+    drawn = [tuple(row) for row in rows(more)]
+    assert {first for first, _, _ in drawn[:8]} <= {0, BOS}  # </s> and <user> are not in the vocabulary
+    assert {(second, third) for _, second, third in drawn} <= {*pairwise(tokens)}
+    assert {*drawn[8:]} <= seen
+    assert len({*drawn[8:]}) > 15
+    assert drawn != [tuple(row) for row in rows(first_token_batches(tokenizer, batches, vocabulary=2, seed=2))]
 
 
-def test_first_tokens_come_in_batches_no_larger_than_the_given_ones() -> None:
-    tokenizer, text = byte_tokenizer(), DISTINCT * 30
-    batches = token_batches(tokenizer, text, num_samples=40, seq_len=64)
-    assert [len(batch.input_ids) for batch in first_token_batches(tokenizer, batches, vocabulary=99)] == [32, 32, 16]
-    assert not first_token_batches(tokenizer, batches[:1], vocabulary=99)[2:]
+@pytest.mark.parametrize(
+    ("length", "batch_size", "expected"),
+    [(64, 1, [21, 21, 11]), (64, 4, [53]), (320, 1, [64, 64, 64, 64, 10]), (320, 20, [100, 100, 66])],
+)
+def test_first_tokens_come_in_batches_that_take_no_more_memory(
+    length: int, batch_size: int, expected: list[int]
+) -> None:
+    batches = token_batches(byte_tokenizer(), DISTINCT * 150, num_samples=40, seq_len=length, batch_size=batch_size)
+    more = first_token_batches(byte_tokenizer(), batches, vocabulary=99)
+    assert [len(batch.input_ids) for batch in more] == expected
 
 
-@pytest.mark.parametrize(("adds_bos", "samples"), [(True, 8), (False, 1)])
-def test_a_bos_is_the_only_first_token_and_a_few_tokens_show_none(adds_bos: bool, samples: int) -> None:
+@pytest.mark.parametrize(("adds_bos", "samples", "length"), [(True, 8, 20), (False, 2, 20), (False, 99, 2)])
+def test_a_bos_is_the_only_first_token_and_a_few_tokens_show_none(adds_bos: bool, samples: int, length: int) -> None:
     tokenizer = byte_tokenizer(adds_bos=adds_bos)
-    batches = token_batches(tokenizer, DISTINCT * 9, num_samples=samples, seq_len=20)
+    batches = token_batches(tokenizer, DISTINCT * 9, num_samples=samples, seq_len=length)
     assert first_token_batches(tokenizer, batches, vocabulary=99) == []
+
+
+def test_a_tokenizer_without_special_tokens_shows_those_of_the_text() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, "b": 1}, [])))
+    tokenizer.pad_token = "<pad>"  # which it does not know
+    (batch,) = first_token_batches(tokenizer, [CalibrationBatch(torch.tensor([[0, 1] * 48]))], vocabulary=2)
+    assert batch.input_ids.shape == (2, 3)
 
 
 def test_batches_are_int64_without_padding() -> None:

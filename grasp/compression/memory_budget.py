@@ -79,19 +79,24 @@ class MemoryBudget:
         memory = processes.least(memory)
         if host_memory is None and not on_cpu:
             host_memory = int(FREE_FRACTION * free_bytes(torch.device("cpu")) / processes.size)
-        lengths = [batch.input_ids.shape[1] for batch in batches]
+        rows, lengths = zip(*(batch.input_ids.shape for batch in batches), strict=True)
+        longest, shortest = max(lengths), min(lengths)
         largest, tokens = max(batch.input_ids.numel() for batch in batches), sum(batch.num_tokens for batch in batches)
+        shapes = [
+            (-(-largest // longest), longest),
+            (max(count for count, length in zip(rows, lengths, strict=True) if length == shortest), shortest),
+        ]
         try:
             tracers = [
                 tracer_for(
                     model.config,
                     dtype=model.dtype if config.sweep_dtype is None else getattr(torch, config.sweep_dtype),
                     device=device,
-                    batch_size=-(-largest // length),
+                    batch_size=count,
                     seq_len=length,
                     model_class=type(model),  # transformers may not know it
                 )
-                for length in sorted({min(lengths), max(lengths)}, reverse=True)
+                for count, length in dict.fromkeys(shapes)
             ]
         except UnsupportedModelError:
             if is_given:

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3NextConfig, Qwen3NextForCausalLM
 
 from grasp.cli.arguments import parse_bytes
 from grasp.compression.eligible import eligible_targets
@@ -15,16 +16,27 @@ from grasp.model.batch import CalibrationBatch
 from tests.tiny_models import tiny_batches, tiny_model
 
 
-def test_many_short_sequences_take_no_more_memory_than_as_many_tokens_in_long_ones() -> None:
-    model = tiny_model("llama")
+def gated_delta_model() -> PreTrainedModel:
+    """A model that has a layer with gated delta rule, which pads sequences to a multiple of 64 tokens."""
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2}
+    layers = ["linear_attention", "full_attention"]
+    return Qwen3NextForCausalLM(Qwen3NextConfig(**sizes, **experts, num_hidden_layers=2, layer_types=layers))
+
+
+@pytest.mark.parametrize(("make", "pads"), [(lambda: tiny_model("llama"), False), (gated_delta_model, True)])
+def test_short_sequences_take_more_memory_only_where_a_layer_pads_them(
+    make: Callable[[], PreTrainedModel], pads: bool
+) -> None:
+    model = make()
     linears = [target for layer in eligible_targets(model)[0].values() for target in layer]
-    long, short = (CalibrationBatch(torch.zeros(shape, dtype=torch.int64)) for shape in [(2, 32), (32, 2)])
+    long, short = (CalibrationBatch(torch.zeros(shape, dtype=torch.int64)) for shape in [(2, 48), (32, 3)])
 
     def budget(*batches: CalibrationBatch) -> int:
         config = GraspConfig(num_layers=1)
-        return MemoryBudget.of(model, batches, config, linears, memory=10**9, host_memory=None).device
+        return MemoryBudget.of(model, batches, config, linears, memory=10**10, host_memory=None).device
 
-    assert budget(long, short) == budget(long)
+    assert (budget(long, short) > budget(long)) == pads
 
 
 @pytest.mark.parametrize(
