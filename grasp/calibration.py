@@ -69,7 +69,7 @@ _ARTICLE_GROUP = 25
 CHARACTERS = 8_000_000  # of a streamed text, at least; a file of up to this many bytes is read whole,
 _LEAST = 1_000_000  # and this many bytes, at least, of a larger one
 _CHARACTERS_PER_TOKEN = 6  # an upper bound of the mean
-_TOKENS_PER_FIRST = 16  # calibration tokens for one of sequences of three
+_TOKENS_PER_FIRST = 16  # calibration tokens for one of sequences of two
 _PADDED = 64  # tokens that gated delta rules and the like pad a sequence to
 _PIECE = 25_000  # characters, or bytes where pieces are spaced
 
@@ -380,7 +380,7 @@ def batches_and_others(
 def first_token_batches(
     tokenizer: PreTrainedTokenizerBase, batches: Sequence[CalibrationBatch], *, vocabulary: int, seed: int = 0
 ) -> list[CalibrationBatch]:
-    """Draw sequences of three tokens, a sixteenth as many in all, for a tokenizer that puts no BOS before a text.
+    """Draw sequences of two tokens, a sixteenth as many in all, for a tokenizer that puts no BOS before a text.
 
     All tokens of a sequence attend to its first one, whatever it is, and long sequences show few of them. A fourth of
     these begin with a special token, as chats do; half of those with one that has a role, such as EOS. The others are
@@ -402,22 +402,21 @@ def first_token_batches(
         >>> letters = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, "b": 1}, [])))
         >>> batches = token_batches(letters, 40 * "abba", num_samples=2, seq_len=64)
         >>> [tuple(batch.input_ids.shape) for batch in first_token_batches(letters, batches, vocabulary=2)]
-        [(2, 3)]
+        [(4, 2)]
     """
-    longest = max(batch.input_ids.shape[1] for batch in batches)
-    if bos_for(tokenizer) is not None or longest < 3:
+    if bos_for(tokenizer) is not None:
         return []
-    parts = torch.cat([batch.input_ids.unfold(1, 3, 1).flatten(0, 1) for batch in batches])
-    count = sum(batch.num_tokens for batch in batches) // (3 * _TOKENS_PER_FIRST)
+    pairs = torch.cat([batch.input_ids.unfold(1, 2, 1).flatten(0, 1) for batch in batches])
+    count = sum(batch.num_tokens for batch in batches) // (2 * _TOKENS_PER_FIRST)
     rng = random.Random(seed)
-    rows = parts[rng.sample(range(len(parts)), count)]
+    rows = pairs[rng.sample(range(len(pairs)), count)]
     added = [token for token, content in tokenizer.added_tokens_decoder.items() if content.special]
     roles = [token for token in tokenizer.all_special_ids if token in added and token < vocabulary]
     special = [token for token in added if token < vocabulary]
     firsts = [rng.choice(each) for each in (roles, special) if each for _ in range(count // 8)]
     rows[: len(firsts), 0] = torch.tensor(firsts, dtype=torch.int64)
     largest = max(batch.input_ids.numel() for batch in batches)
-    most = min(largest // 3, max(_PADDED, largest // _PADDED))
+    most = min(largest // 2, max(_PADDED, largest // _PADDED))
     return [CalibrationBatch(batch) for batch in rows.split(most)] if count else []
 
 

@@ -30,7 +30,7 @@ def test_short_sequences_take_more_memory_only_where_a_layer_pads_them(
 ) -> None:
     model = make()
     linears = [target for layer in eligible_targets(model)[0].values() for target in layer]
-    long, short = (CalibrationBatch(torch.zeros(shape, dtype=torch.int64)) for shape in [(2, 48), (32, 3)])
+    long, short = (CalibrationBatch(torch.zeros(shape, dtype=torch.int64)) for shape in [(2, 32), (32, 2)])
 
     def budget(*batches: CalibrationBatch) -> int:
         config = GraspConfig(num_layers=1)
