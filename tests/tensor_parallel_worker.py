@@ -12,7 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 
@@ -21,10 +21,25 @@ def whole(tensor: Tensor | None) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def refused(checkpoint: Path, style: str) -> str:
+    """Why an architecture whose plan has another style for a low-rank layer is not split."""
+    config = AutoConfig.from_pretrained(checkpoint)
+    config.base_model_tp_plan = {**config.base_model_tp_plan, "layers.*.self_attn.q_proj": style}
+    AutoModelForCausalLM.from_pretrained(checkpoint, config=config)  # on one device
+    try:
+        AutoModelForCausalLM.from_pretrained(
+            checkpoint, config=config, distributed_config=DistributedConfig(tp_plan="auto")
+        )
+    except ValueError as error:
+        return str(error)
+    raise AssertionError(f"{style} was accepted")
+
+
 def main(checkpoint: Path, output: Path, plan: Any) -> None:
     """``output`` gets logits and gradients, the shapes of this process's parts, and the checkpoint saved again."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, distributed_config=DistributedConfig(tp_plan=plan))
     tokens = torch.arange(3, 27).reshape(2, 12)
+    model.train().eval()
     with torch.no_grad():
         results = {"logits": model(tokens).logits}
     for _ in range(2):  # the second adds to the gradients of the first
@@ -35,10 +50,11 @@ def main(checkpoint: Path, output: Path, plan: Any) -> None:
     except ValueError as error:
         refusal = str(error)
     shapes = {name: list(getattr(p, "_local_tensor", p).shape) for name, p in model.named_parameters()}
+    refusals = {style: refused(checkpoint, style) for style in ("packed_colwise", "packed_rowwise", "unit_colwise")}
     rank = dist.get_rank()
     output.mkdir(exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in results.items()}, output / f"{rank}.safetensors")
-    (output / f"{rank}.json").write_text(json.dumps({"shapes": shapes, "dequantize": refusal}))
+    (output / f"{rank}.json").write_text(json.dumps({"shapes": shapes, "dequantize": refusal, "refusals": refusals}))
     model.save_pretrained(output / "again")
     dist.destroy_process_group()
 

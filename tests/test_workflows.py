@@ -28,7 +28,7 @@ def test_every_command_of_ours_exists(name: str, job: dict[str, Any]) -> None:
     assert job["runs-on"]
     for run in [step["run"] for step in job["steps"] if "run" in step]:
         if run.startswith("make "):
-            check_command(run.replace("${{ matrix.pairs }}", "2.11:3.6"))
+            check_command(run)
         for script in re.findall(r"^[\w/]+\.sh", run):
             assert (ROOT / script).stat().st_mode & 0o100, f"{name}: {script} cannot be executed"
 

@@ -16,7 +16,9 @@ from grasp.config import GraspConfig
 from tests.short_text import shorten
 from tests.tiny_models import tiny_model
 
-# With a GPU the first backward pass starts threads, and a process that has them cannot be forked.
+# A process in which a backward pass has started threads cannot be forked. With a GPU the first one does. In a build of
+# PyTorch with CUDA the first one of tensors without data does too, unless the mode that traces them sets no device up.
+torch._C._ensureCUDADeviceGuardSet = lambda: None
 for family in ("llama", "gpt2") if torch.cuda.device_count() == 0 else ():
     model, config = tiny_model(family, torch.float64), GraspConfig.best(compression_ratio=0.1)
     estimate(CompressionJob(model.config, config, torch.float64, torch.device("cpu"), num_samples=6, seq_len=12), 2)

@@ -82,8 +82,7 @@ class LowRankLinear(nn.Module):
     bias: nn.Parameter | None
     order: Tensor | None
     backend = "auto"  # see ``set_backend_``
-    kernel_layer_name = "LowRankLinear"  # whose forward `kernels.kernelize` may put in place of this class's
-    kernel_version = VERSION
+    kernel_version = VERSION  # of the attributes that a forward of the library `kernels` reads
     _hf_quantized_needs_local_tp = True  # transformers' tensor parallelism passes the local part to the op, no DTensor
 
     def __init__(

@@ -26,25 +26,35 @@ WHOLE_FACTORS = {
     "colwise": "Vh",
     "colwise_rep": "Vh",
     "colwise_gather_output": "Vh",
-    "packed_colwise": "Vh",
     "rowwise": "U",
     "rowwise_rep": "U",
     "rowwise_split_input": "U",
 }
 # The style of a parameter that is not split, in transformers 5.17 and later.
 _WHOLE = "replicated_with_grad_allreduce"
+# Styles of a linear that every process has whole.
+_UNSPLIT = ("replicate", _WHOLE, "mla_kv_a_proj", "all_reduce")
 
 
 def keep_factors_whole_(plan: MutableMapping[str, str], paths: Iterable[str]) -> None:
     """Add the factors that must not be split to a plan.
+
+    A style that cannot split a low-rank layer, such as ``"unit_colwise"``, is replaced by one that names the remedy and
+    that transformers refuses when it splits the model, not when it loads it on one device.
 
     Args:
         plan: the model's mapping from modules and parameters to styles; ``*`` in a name means any layer index.
         paths: paths of the low-rank layers.
     """
     for module in {re.sub(r"\.\d+(?=\.|$)", ".*", path) for path in paths}:
-        if (style := plan.get(module)) in WHOLE_FACTORS:
+        style = plan.get(module)
+        if style in WHOLE_FACTORS:
             plan[f"{module}.{WHOLE_FACTORS[style]}"] = _WHOLE
+        elif style is not None and style not in _UNSPLIT:
+            plan[module] = (
+                f"{style}, which cannot split the low-rank layers {module}: give them 'colwise', 'rowwise' or "
+                "'replicate' in DistributedConfig(tp_plan={...}), or load the model on one device"
+            )
 
 
 def is_split(layer: LowRankLinear) -> bool:

@@ -16,7 +16,14 @@ import torch
 from kernels._rust import Build, Digest, Metadata
 from torch import Tensor
 
-from kernels import LocalLayerRepository, Mode, get_local_kernel, kernelize, use_kernel_mapping
+from kernels import (
+    LocalLayerRepository,
+    Mode,
+    get_local_kernel,
+    kernelize,
+    replace_kernel_forward_from_hub,
+    use_kernel_mapping,
+)
 
 HERE = Path(__file__).parent
 
@@ -85,6 +92,7 @@ def check_with_grasp(kernel: ModuleType, package: Path) -> None:
     for name in ("cpu", "reference"):
         ours, theirs = (module.lowrank_linear(*arguments(), backend=name) for module in (grasp_kernels, kernel))
         assert torch.equal(ours, theirs)
+    replace_kernel_forward_from_hub(LowRankLinear, "LowRankLinear")
     model = torch.nn.Sequential(LowRankLinear(40, 24, 8), LowRankLinear(24, 40, 8, pivoted=True)).requires_grad_(False)
     x = arguments()[0]
     expected = model(x)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
 
@@ -50,8 +51,14 @@ def compressed_model() -> PreTrainedModel:
 
 
 @pytest.mark.slow
-def test_two_processes_compute_the_same_and_save_the_same_checkpoint_as_one(tmp_path: Path) -> None:
-    """Layers that are split by columns are saved without pivots."""
+@pytest.mark.parametrize("hub_kernels", [None, "0", "1"])
+def test_two_processes_compute_the_same_and_save_the_same_checkpoint_as_one(
+    tmp_path: Path, hub_kernels: str | None
+) -> None:
+    """Layers that are split by columns are saved without pivots.
+
+    Whatever ``USE_HUB_KERNELS`` is, transformers keeps the forward that splits a layer.
+    """
     model = compressed_model()
     model.save_pretrained(tmp_path / "small")
     for path, layer in linears(model).items():
@@ -59,7 +66,8 @@ def test_two_processes_compute_the_same_and_save_the_same_checkpoint_as_one(tmp_
             layer.factor_()
     worker = "import runpy; runpy.run_module('tests.tensor_parallel_worker', run_name='__main__')"
     arguments = [str(tmp_path / "small"), str(tmp_path / "out"), json.dumps("auto")]
-    places = [environment() | variables for variables in torchrun_variables(2)]
+    chosen = {} if hub_kernels is None else {"USE_HUB_KERNELS": hub_kernels}
+    places = [environment() | chosen | variables for variables in torchrun_variables(2)]
     for run in forked.pythons(worker, arguments, cwd=tmp_path, environments=places):
         assert run.returncode == 0, run.stderr
         assert "match nothing" not in run.stderr  # transformers warns of rules that match nothing
@@ -75,6 +83,8 @@ def test_two_processes_compute_the_same_and_save_the_same_checkpoint_as_one(tmp_
             torch.testing.assert_close(saved[name], tensor, rtol=0, atol=2e-5 * float(tensor.abs().max()), msg=name)
         seen = json.loads((tmp_path / f"out/{rank}.json").read_text())
         assert "is split over processes; load the model on one device" in seen["dequantize"]
+        for style, refusal in seen["refusals"].items():
+            assert f"{style}, which cannot split the low-rank layers model.layers.*.self_attn.q_proj: give" in refusal
         for path, layer in linears(model).items():
             parts = BY_ROWS if path.endswith(ROW_WISE) else BY_COLUMNS
             for name, _ in layer.named_parameters():
@@ -95,10 +105,12 @@ def test_a_plan_does_not_split_the_factor_that_its_style_needs_whole() -> None:
         "layers.*.q_proj": "colwise",
         "layers.*.o_proj": "rowwise_split_input",
         "lm_head": "colwise_gather_output",
+        "layers.*.router": "replicate",
     }
     plan = {**styles, "layers.*.norm": "sequence_parallel", "layers.*.k_proj": "colwise"}
     before = dict(plan)
-    keep_factors_whole_(plan, ["layers.0.q_proj", "layers.11.q_proj", "layers.3.o_proj", "lm_head", "layers.1.norm"])
+    low_rank = ["layers.0.q_proj", "layers.11.q_proj", "layers.3.o_proj", "lm_head", "layers.1.router", "layers.0.up"]
+    keep_factors_whole_(plan, low_rank)
     added = {name: style for name, style in plan.items() if name not in before}
     assert set(added) == {"layers.*.q_proj.Vh", "layers.*.o_proj.U", "lm_head.Vh"}
     assert set(added.values()) == {"replicated_with_grad_allreduce"}
@@ -114,15 +126,31 @@ def test_a_layer_whose_factors_are_split_inconsistently_is_refused() -> None:
         connect_("q_proj", layer)
 
 
-def test_pivoted_factors_that_are_not_split_into_blocks_of_rows_are_refused() -> None:
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Of two processes, of which the other does not exist."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield init_device_mesh("cpu", (2,))
+    dist.destroy_process_group()
+
+
+def test_pivoted_factors_that_are_not_split_into_blocks_of_rows_are_refused(mesh: DeviceMesh) -> None:
     layer = LowRankLinear(8, 6, 2, pivoted=True)
     connect_("q_proj", layer)
     assert layer.order is not None
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    try:
-        mesh = init_device_mesh("cpu", (2,))
-        layer.U = nn.Parameter(distribute_tensor(layer.U.detach(), mesh, [Shard(1)], src_data_rank=None))
-        with pytest.raises(CheckpointError, match=r"q_proj is pivoted.*Shard\(dim=1\).*grasp convert"):
-            connect_("q_proj", layer)
-    finally:
-        dist.destroy_process_group()
+    layer.U = nn.Parameter(distribute_tensor(layer.U.detach(), mesh, [Shard(1)], src_data_rank=None))
+    with pytest.raises(CheckpointError, match=r"q_proj is pivoted.*Shard\(dim=1\).*grasp convert"):
+        connect_("q_proj", layer)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("factor", ["U", "Vh"])
+def test_a_split_layer_without_the_forward_that_transformers_gave_it_computes_nothing(
+    mesh: DeviceMesh, factor: str, gradients: bool
+) -> None:
+    layer, x = LowRankLinear(8, 6, 2), torch.randn(3, 8)
+    part = distribute_tensor(getattr(layer, factor).detach(), mesh, [Shard(factor == "Vh")], src_data_rank=None)
+    setattr(layer, factor, nn.Parameter(part))
+    for given in (x, x[:, :4], distribute_tensor(x, mesh, [Replicate()], src_data_rank=None)):
+        with torch.set_grad_enabled(gradients), pytest.raises((RuntimeError, NotImplementedError, ValueError)):
+            layer(given)
