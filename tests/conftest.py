@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.releases import RUNS, record
+
 # Triton reads this when it is first imported; without a GPU its kernels run on CPU tensors, interpreted.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -16,6 +18,7 @@ if not torch.cuda.is_available():
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=1, help="how many runs of each kind are killed at random points")
     parser.addoption("--fuzz", action="store_true", help="run the full number of random cases of tests/fuzz: minutes")
+    parser.addoption("--record-releases", choices=RUNS, help="if all pass, write their releases to the record")
     parser.addoption("--scale", action="store_true", help="also run tests/scale with layers of an 8 B model: hours")
 
 
@@ -43,6 +46,14 @@ def pytest_collection_finish() -> None:
         device_speed.PROBE_SECONDS = 0.0
     gc.collect()
     gc.freeze()
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: pytest.ExitCode, config: pytest.Config
+) -> None:
+    """Record the releases of a run in which everything has passed."""
+    if (run := config.getoption("--record-releases")) and exitstatus == pytest.ExitCode.OK:
+        record(run, {name: len(terminalreporter.stats.get(name, ())) for name in ("passed", "skipped")})
 
 
 def pytest_sessionfinish() -> None:
