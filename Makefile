@@ -40,8 +40,8 @@ $(BUILT): $(TOOLS) $(CSRC)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
-# Apart from the packages, so that they can be installed while the kernels compile.
-$(STAMP): $(PACKAGES) $(BUILT)
+# Apart from the packages, so that they can be installed while the kernels compile. It copies grasp_autoload.py.
+$(STAMP): $(PACKAGES) $(BUILT) grasp_autoload.py
 	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --no-deps --editable .
 	touch $@
 
