@@ -37,7 +37,7 @@ def _register() -> None:
         register = getattr(import_module("grasp.model.hf_quantizer"), "register", None)
         if register is not None:
             register()
-    except Exception as error:  # noqa: BLE001 - a broken grasp must not break other uses of transformers
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a broken grasp must not break other uses of transformers
         logging.getLogger("grasp").warning(
             "this process cannot load grasp checkpoints, but all others: importing grasp.model.hf_quantizer raised "
             "%s: %s. Upgrade or reinstall grasp-llm; TORCH_DEVICE_BACKEND_AUTOLOAD=0 disables this import.",

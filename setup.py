@@ -16,17 +16,35 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, TextIO
+from typing import Any, ClassVar, TextIO
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "ninja"
 HEADER = CSRC / "lowrank.h"
+STUB = '''"""An editable installation of grasp-llm: this package is in a checkout."""
+
+import os
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+
+_FILE = {file!r}
+if not os.path.exists(_FILE):
+    raise ModuleNotFoundError(
+        f"{{_FILE}} is gone, which an editable installation of grasp-llm refers to; "
+        "run pip uninstall grasp-llm, or pip install --editable with a checkout",
+        name=__name__,
+    )
+_spec = spec_from_file_location(__name__, _FILE)
+sys.modules[__name__] = module_from_spec(_spec)
+_spec.loader.exec_module(sys.modules[__name__])
+'''
 ARCHIVE = "libgrasp_lowrank.a"  # the CPU kernels for other programs; shipped beside the modules, with the header
 
 COMPILE = "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -Wall -Wextra"
@@ -244,6 +262,41 @@ class CopyHeader(build_py):
             self.copy_file(str(HEADER), str(folder / HEADER.name))
 
 
+class Stubs:
+    """Writes an editable install: for each package a file that loads it from the checkout, and a copy of the modules.
+
+    So the packages are regular ones. setuptools writes a finder that comes after ``sys.path``: in the parent of a
+    checkout that is called grasp, Python takes that folder for a namespace package. A path to the checkout would make
+    all its folders importable, also ``kernels``, the name of a library. The copy of ``grasp_autoload`` lets torch be
+    imported when the checkout is gone.
+    """
+
+    def __init__(self, folders: dict[str, Path], modules: Sequence[str]) -> None:
+        self.folders, self.modules = folders, modules
+
+    def __enter__(self) -> Stubs:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def __call__(self, wheel: Any, files: list[str], mapping: dict[str, str]) -> None:
+        """Add the files to the wheel."""
+        for name, folder in self.folders.items():
+            wheel.writestr(f"{name}/__init__.py", STUB.format(file=str(folder / "__init__.py")))
+        for name in self.modules:
+            wheel.write(ROOT / f"{name}.py", f"{name}.py")
+
+
+class EditableWheel(editable_wheel):
+    """Builds the wheel of ``pip install --editable``, of ``Stubs``."""
+
+    def _select_strategy(self, name: str, tag: str, build_lib: str) -> Stubs:
+        packages = [package for package in self.distribution.packages or () if "." not in package]
+        folders = {package: ROOT / self.package_dir.get(package, package) for package in packages}
+        return Stubs(folders, self.distribution.py_modules or ())
+
+
 setup(
     packages=[*find_packages(include=["grasp*"]), "grasp_kernels", "grasp_kernels.triton", "speedgate"],
     # speedgate is a distribution of its own as well, packages/pytest-speedgate. It travels along until that is on PyPI
@@ -263,5 +316,10 @@ setup(
         Extension(name, sources=[], depends=sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.*")))
         for name in ("grasp_kernels._cpu", "grasp_kernels._cuda")
     ],
-    cmdclass={"build_ext": BuildWithNinja, "build_py": CopyHeader, "sanitize": Sanitize},
+    cmdclass={
+        "build_ext": BuildWithNinja,
+        "build_py": CopyHeader,
+        "editable_wheel": EditableWheel,
+        "sanitize": Sanitize,
+    },
 )

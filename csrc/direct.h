@@ -22,7 +22,7 @@ inline void check(grasp_status status) {
     if (status == GRASP_OK) return;
     if (status == GRASP_OUT_OF_MEMORY) throw std::bad_alloc();
     if (status == GRASP_UNSUPPORTED) throw std::runtime_error("this processor or this build lacks the instruction set");
-    throw pybind11::value_error("a size, stride, pointer or code is not valid; see csrc/lowrank.h");
+    throw pybind11::value_error("a size, stride, pointer, code or order is not valid; see csrc/lowrank.h");
 }
 
 inline bool is_text(PyObject *object, const char *text) {
@@ -71,8 +71,10 @@ class Direct {
         for (Py_ssize_t i = 0; i < count; ++i) {
             if (!read_group(groups[i], x_view, outputs[i].ptr(), factors[i])) return decline();
         }
-        check(
-            compute({x_view.data, x_view.stride, x_view.rows, x_view.columns, x_view.dtype}, factors, count, threads));
+        const grasp_status status =
+            compute({x_view.data, x_view.stride, x_view.rows, x_view.columns, x_view.dtype}, factors, count, threads);
+        if (status == GRASP_BAD_ARGUMENT) return decline();  // an order that is no permutation; ops.py says so
+        check(status);
         return true;
     }
 

@@ -3,8 +3,9 @@
  * With `order` the factors are pivoted: y[:, order] = [h, h · Uᵀ] + bias[order] with h = x · Vhᵀ, without s. U then has
  * N - R rows, which give the entries of y that h does not give. R may be N: U has no rows and may be null, and
  * the linear is dense with the weight Vh. `order` is a permutation of 0 … N - 1; many rows of x are fastest if its
- * first R entries ascend, and the others too. Nothing is written for an entry outside of this range: the CPU then gives
- * GRASP_BAD_ARGUMENT, and y has no meaning. That entries are distinct is not checked.
+ * first R entries ascend, and the others too. On the CPU anything else gives GRASP_BAD_ARGUMENT, and nothing is
+ * written. On CUDA it is not checked: nothing is written for an entry outside of this range, and an output that no
+ * entry names is left as it was.
  *
  * Vh and U, each or both, may be quantised to integers: weight[r, k] = value[r, k] * scales[r, k / group]. With 8 bits
  * a value is an int8_t. With 4 bits a byte holds two values between -8 and 7, each plus 8: value 2b in the low half of
@@ -37,7 +38,7 @@ typedef enum { GRASP_SILU = 0, GRASP_GELU = 1, GRASP_GELU_TANH = 2, GRASP_RELU =
 
 typedef enum {
     GRASP_OK = 0,
-    GRASP_BAD_ARGUMENT = 1,  /* a null pointer, an invalid size or stride, an unknown dtype or activation */
+    GRASP_BAD_ARGUMENT = 1,  /* a null pointer, an invalid size, stride or order, an unknown dtype or activation */
     GRASP_UNSUPPORTED = 2,   /* this processor, this card or this build does not support the call */
     GRASP_OUT_OF_MEMORY = 3, /* no memory for the intermediate h */
     GRASP_CUDA_ERROR = 4     /* a CUDA call failed */

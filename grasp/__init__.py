@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+import grasp_autoload
 from grasp.version import __version__
 
 if TYPE_CHECKING:
@@ -53,3 +54,6 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+grasp_autoload.install()  # for where PyTorch does not

@@ -78,9 +78,9 @@ def _gpu(index: int) -> dict[str, Any]:
 def _reload_status() -> str:
     """Return ``"available"`` if a process that does not import grasp can load a grasp checkpoint, else the reason."""
     if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0":
-        return "off: TORCH_DEVICE_BACKEND_AUTOLOAD=0; `import grasp.model.hf_quantizer` before loading"
+        return "off: TORCH_DEVICE_BACKEND_AUTOLOAD=0; `import grasp` before loading"
     if not any(point.name == "grasp" for point in entry_points(group="torch.backends")):
-        return "off: grasp is importable but not installed; `import grasp.model.hf_quantizer` before loading"
+        return "off: grasp is importable but not installed; `import grasp` before loading"
     return "available"
 
 

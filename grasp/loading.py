@@ -12,6 +12,7 @@ from copy import deepcopy
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ from grasp.errors import (
 from grasp.files import expanded
 from grasp.formatting import one_line, size
 from grasp.hub import BAD_ANSWERS, HUB_ERRORS, hub_status, reason
-from grasp.model.checkpoint_format import METHOD, read_headers, weight_files
+from grasp.model.checkpoint_format import METHOD, read_headers, require_inside, weight_files
 from grasp.model.hf_quantizer import quantization_method, register
 from grasp.model.quantized_linear import QUANTIZED
 from grasp.progress import Progress, no_progress, one_step
@@ -228,12 +229,18 @@ def _require_model(name: str) -> None:
 
 def _require_readable(folder: Path) -> None:
     """Refuse a folder with a file that the libraries would wait for or read without end, or JSON nested too deeply."""
+    require_inside(folder)
     for path in sorted(folder.iterdir()):
         if path.exists() and not path.is_dir() and not path.is_file():
             raise CheckpointError(f"{path} is no regular file; expected the files of a model: remove it")
         if path.is_file() and path.suffix in (".json", ".jinja") and path.stat().st_size > _LIBRARY_LIMIT:
             raise CheckpointError(f"{path} has more than {size(_LIBRARY_LIMIT)}; expected a file of a model: remove it")
     read_json(folder / "config.json", "the configuration of a model", UnsupportedModelError, finite=False)
+
+
+def _is_of_damage(error: BaseException) -> bool:
+    """Whether the libraries raise it for a damaged file: tokenizers raises the class Exception, or panics in Rust."""
+    return isinstance(error, _LOAD_ERRORS) or type(error) is Exception or type(error).__name__ == "PanicException"
 
 
 @contextmanager
@@ -243,8 +250,8 @@ def _explained(kind: type[GraspError], problem: str, remedy: str = "") -> Iterat
         yield
     except GraspError:
         raise
-    except _LOAD_ERRORS as error:
-        if out_of_memory(error):
+    except BaseException as error:
+        if not _is_of_damage(error) or out_of_memory(error):
             raise
         explained = reason(error)
         if "trust_remote_code" in str(error):
@@ -284,8 +291,8 @@ def _load_pretrained(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrained
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         tokenizer("a")  # a damaged one may load, and fail here
-    except Exception as error:
-        if not isinstance(error, _LOAD_ERRORS) and type(error) is not Exception:  # the class that tokenizers raises
+    except BaseException as error:
+        if not _is_of_damage(error):
             raise
         raise ModelNotFoundError(
             f"the tokenizer of {name} cannot be loaded ({reason(error)}); save one there with tokenizer.save_pretrained"
@@ -313,23 +320,27 @@ def _gguf_config(path: Path) -> PreTrainedConfig:
 
 @lru_cache(maxsize=1)  # a compression reads it first, then loads the model: seconds with a large vocabulary
 def _parsed_gguf_config(path: Path, modified_ns: int, size: int) -> PreTrainedConfig:
-    config: PreTrainedConfig = AutoConfig.from_pretrained(**_gguf_source(path))
+    with _gguf_source(path) as source:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(**source)
     _require_causal_lm(str(path), config)
+    import gguf
+
+    _require_plausible(str(path), config, len(gguf.GGUFReader(path).tensors))
     return config
 
 
 def _load_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    with _reading_gguf(path):
+    with _reading_gguf(path), _gguf_source(path) as source:
         config = _gguf_config(path)
         # Without ``dequantize`` the model would count as quantized: it could not be saved or trained.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **_gguf_source(path),
+            **source,
             config=config,
             dtype=DTYPES.get(dtype, torch.float32),
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(**_gguf_source(path))
+        tokenizer = AutoTokenizer.from_pretrained(**source)
     model, info = loaded
     _require_all_weights(str(path), info)
     for kind in ("bos_token", "eos_token", "pad_token"):  # transformers 5.17 sets those of another family
@@ -338,8 +349,12 @@ def _load_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedToken
     return model, tokenizer
 
 
-def _gguf_source(path: Path) -> dict[str, Any]:
-    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "trust_remote_code": False}
+@contextmanager
+def _gguf_source(path: Path) -> Iterator[dict[str, Any]]:
+    """The file for ``from_pretrained``, alone in a folder: templates and adapters beside it would be read too."""
+    with TemporaryDirectory() as folder:
+        (Path(folder) / path.name).symlink_to(path.absolute())
+        yield {"pretrained_model_name_or_path": folder, "gguf_file": path.name, "trust_remote_code": False}
 
 
 @contextmanager
@@ -367,12 +382,16 @@ def _parsing_once() -> Iterator[None]:
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, np.asarray(value) if name == "data" else value)
 
-    names: dict[str, Callable[..., Any]] = {"GGUFReader": Reader, "get_tensor_name_map": gguf.get_tensor_name_map}
+    read = cache(Reader)
+    names: dict[str, Callable[..., Any]] = {
+        "GGUFReader": lambda path: read(os.path.realpath(path)),
+        "get_tensor_name_map": cache(gguf.get_tensor_name_map),
+    }
     with _GGUF_LOCK:
         originals = {name: getattr(gguf, name) for name in names}
         try:
             for name, callable_ in names.items():
-                setattr(gguf, name, cache(callable_))
+                setattr(gguf, name, callable_)
             yield
         finally:
             for name, original in originals.items():
@@ -390,6 +409,8 @@ def _require_causal_lm(name: str, config: PreTrainedConfig) -> None:
 def _require_own_files(name: str, config: PreTrainedConfig) -> None:
     """Refuse a configuration that names kernels of the hub, which are code, or weights outside of the folder."""
     weights = getattr(config, "transformers_weights", None)
+    if quantization_method(config) == METHOD and ".safetensors" not in str(weights):
+        weights = None  # the remedy for plain transformers, which our quantizer removes
     for key in ("_attn_implementation", "_experts_implementation"):
         if "/" in str(kernel := getattr(config, key, None)):
             raise UnsupportedModelError(

@@ -27,12 +27,8 @@ def test_all_of_it_is_json_and_a_missing_package_is_none(monkeypatch: pytest.Mon
     ("autoload", "installed", "status"),
     [
         ("1", True, "available"),
-        ("0", True, "off: TORCH_DEVICE_BACKEND_AUTOLOAD=0; `import grasp.model.hf_quantizer` before loading"),
-        (
-            "1",
-            False,
-            "off: grasp is importable but not installed; `import grasp.model.hf_quantizer` before loading",
-        ),
+        ("0", True, "off: TORCH_DEVICE_BACKEND_AUTOLOAD=0; `import grasp` before loading"),
+        ("1", False, "off: grasp is importable but not installed; `import grasp` before loading"),
     ],
 )
 def test_it_says_whether_plain_transformers_finds_the_format(

@@ -256,7 +256,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[GraspError], str]] = {
     "the chat template is a device": (
         lambda folder: (folder / "chat_template.jinja").symlink_to("/dev/zero"),
         CheckpointError,
-        "jinja is no regular file",
+        r"chat_template\.jinja is a link that leads out of its folder",
     ),
     "the family is unknown": (
         lambda folder: edit_config(folder, model_type="no-such-family"),
@@ -329,7 +329,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[GraspError], str]] = {
     "a shard is a link to another folder": (
         link_shard,
         CheckpointError,
-        r"index\.json names 'model-1\.safetensors', which is not in its folder",
+        r"model-1\.safetensors is a link that leads out of its folder",
     ),
     "two shards have the same tensor": (
         repeat_shard,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -16,11 +19,21 @@ from grasp.calibration import bos_for, builtin_text, tokenize
 from grasp.errors import CheckpointError, MissingPackageError
 from grasp.evaluation.perplexity import perplexity
 from grasp.loading import load_config, load_model
+from tests.command_line import RunMain, assert_refused, main
 from tests.tiny_models import tiny_batches, tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
 
+__all__ = ["main"]
 
-def write_gguf(path: Path, model: PreTrainedModel, architecture: str = "llama") -> None:
+
+def write_gguf(
+    path: Path,
+    model: PreTrainedModel,
+    architecture: str = "llama",
+    *,
+    merges: Sequence[str] = ("a b", "c d"),
+    layers: int | None = None,
+) -> None:
     """A Llama with a tokenizer of one token per byte and nothing rounded. Its q and k are in another order there."""
     config, tokenizer = model.config, byte_tokenizer()
     names = {
@@ -39,7 +52,7 @@ def write_gguf(path: Path, model: PreTrainedModel, architecture: str = "llama") 
         "model.layers": "blk",
     }
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(config.num_hidden_layers)
+    writer.add_block_count(layers or config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -49,7 +62,7 @@ def write_gguf(path: Path, model: PreTrainedModel, architecture: str = "llama") 
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([*tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))), "ab", "cd"])
-    writer.add_token_merges(["a b", "c d"])
+    writer.add_token_merges(merges)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     for name, tensor in model.state_dict().items():
@@ -115,6 +128,49 @@ def test_gguf_files_that_lack_something_are_refused(tmp_path: Path) -> None:
     write_gguf(path, model)
     with pytest.raises(CheckpointError, match=r"lacks 1 tensors .*model\.layers\.1\.mlp\.up_proj\.weight"):
         load_model(str(path))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"merges": ["a b", "never known"]}, "cannot be loaded: .*out of vocabulary"),
+        ({"merges": ["ab"]}, "cannot be loaded: ."),
+        ({"layers": 10**4}, r"has 10000 layers, but its files only \d+ tensors"),
+    ],
+)
+def test_gguf_files_with_impossible_values_end_in_one_line(
+    damage: dict[str, Any], message: str, tmp_path: Path, main: RunMain
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_model("llama", vocab_size=len(byte_tokenizer()) + 2), **damage)
+    outcome = main("evaluate", tmp_path / "tiny.gguf")
+    assert_refused(outcome)
+    assert re.search(message, outcome.err)
+
+
+def test_a_panic_of_a_native_reader_is_an_error_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):  # of PyO3; it has no other name in Python
+        pass
+
+    def panic(*_: object, **__: object) -> None:
+        raise PanicException("called `Option::unwrap()` on a `None` value")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", panic)
+    write_gguf(tmp_path / "tiny.gguf", tiny_model("llama", vocab_size=len(byte_tokenizer()) + 2))
+    with pytest.raises(CheckpointError, match=r"tiny\.gguf cannot be loaded: called `Option::unwrap"):
+        load_model(str(tmp_path / "tiny.gguf"))
+
+
+def test_nothing_beside_a_gguf_file_is_read(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_model("llama", vocab_size=len(byte_tokenizer()) + 2))
+    (tmp_path / "private").write_text("a secret")
+    folder = tmp_path / "folder"
+    (folder / "additional_chat_templates").mkdir(parents=True)
+    (folder / "additional_chat_templates/tool.jinja").symlink_to("../../private")
+    for name in ("adapter_config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).symlink_to("../private")
+    (folder / "linked.gguf").symlink_to("../tiny.gguf")
+    _, tokenizer = load_model(str(folder / "linked.gguf"))
+    assert tokenizer.chat_template is None
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model" * 10])

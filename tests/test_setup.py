@@ -45,16 +45,16 @@ pytestmark = pytest.mark.slow
 
 
 def copied_to(folder: Path) -> Path:
-    """A checkout of the sources, without anything built."""
+    """A checkout of the sources that is called grasp, without anything built."""
     unwanted = shutil.ignore_patterns("*.so", "*.a", "__pycache__")
     for name in SOURCES:
-        source, target = ROOT / name, folder / "checkout" / name
+        source, target = ROOT / name, folder / "grasp" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
             shutil.copytree(source, target, ignore=unwanted)
         else:
             shutil.copy(source, target)
-    return folder / "checkout"
+    return folder / "grasp"
 
 
 @pytest.fixture
@@ -75,10 +75,10 @@ def pip(*arguments: str | Path, cwd: Path, **variables: str) -> str:
     return run(sys.executable, "-m", "pip", *arguments, cwd=cwd, **variables)
 
 
-def isolated(code: str, packages: Path) -> str:
+def isolated(code: str, packages: Path, *arguments: str) -> str:
     """Run Python code with the packages in a folder, and without what is installed as editable here; its output."""
     paths = f"{packages}{os.pathsep}{sysconfig.get_path('purelib')}"
-    return run(sys.executable, "-S", "-c", code, cwd=packages, PYTHONPATH=paths)  # -S: no .pth files
+    return run(sys.executable, "-S", "-c", code, *arguments, cwd=packages, PYTHONPATH=paths)  # -S: no .pth files
 
 
 @pytest.fixture(scope="module")
@@ -111,24 +111,73 @@ def test_a_wheel_brings_kernels_header_and_library(built: Path, tmp_path: Path) 
     assert str(target) in isolated(USE, target)
 
 
-@needs_compiler
-def test_an_editable_install_finds_the_kernels_and_rebuilds_only_what_changed(built: Path, tmp_path: Path) -> None:
-    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
-    python = tmp_path / "venv" / "bin" / "python"
-    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
+@pytest.fixture(scope="module")
+def editable(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment in which that checkout is installed as editable."""
+    folder = tmp_path_factory.mktemp("editable")
+    run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
+    python = folder / "venv" / "bin" / "python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
     (site / "ours.pth").write_text(sysconfig.get_path("purelib"))
-    compiler = quick_compiler(built.parent)
     install = ("install", "--no-deps", "--no-build-isolation", "--ignore-installed", "--quiet")
-    run(python, "-m", "pip", *install, "--editable", ".", cwd=built, CXX=compiler)
-    assert str(built) in run(python, "-c", USE, cwd=tmp_path, PYTHONPATH="")
+    run(python, "-m", "pip", *install, "--editable", ".", cwd=built, CXX=quick_compiler(built.parent))
+    return python
 
-    build = (python, "setup.py", "build_ext", "--inplace")
+
+@needs_compiler
+def test_an_editable_install_finds_the_kernels_and_rebuilds_only_what_changed(
+    built: Path, editable: Path, tmp_path: Path
+) -> None:
+    assert str(built) in run(editable, "-c", USE, cwd=tmp_path, PYTHONPATH="")
+    compiler, build = quick_compiler(built.parent), (editable, "setup.py", "build_ext", "--inplace")
     assert "no work to do" in run(*build, cwd=built, CXX=compiler)
     (built / "csrc" / "cpu" / "isa.cpp").touch()
     output = run(*build, cwd=built, CXX=compiler)
     assert "isa.o" in output
     assert "avx2.o -c" not in output
     assert "[3/3]" in output  # the object, the library, the module
+
+
+@needs_compiler
+def test_an_editable_install_is_found_from_the_parent_of_its_checkout(built: Path, editable: Path) -> None:
+    code = "import grasp_kernels, grasp; print(grasp.GraspConfig.__module__, grasp.__file__, grasp_kernels.__file__)"
+    package, kernels = built / "grasp" / "__init__.py", built / "kernels" / "grasp_kernels" / "__init__.py"
+    output = run(editable, "-c", code, cwd=built.parent, PYTHONPATH="")
+    assert output.split() == ["grasp.config", str(package), str(kernels)]
+    command = run(editable.with_name("grasp"), "--version", cwd=built.parent, PYTHONPATH="")
+    assert command == run(editable, "-m", "grasp", "--version", cwd=built.parent, PYTHONPATH="")
+
+
+@needs_compiler
+def test_an_editable_install_makes_nothing_else_importable(built: Path, editable: Path, tmp_path: Path) -> None:
+    code = "import importlib.util, sys; print([name for name in sys.argv[1:] if importlib.util.find_spec(name)])"
+    others = [path.stem for path in built.iterdir() if path.stem not in ("grasp", "grasp_autoload", "grasp_llm")]
+    assert {"kernels", "packages", "setup"} <= set(others)
+    taken = set(eval(run(editable, "-c", code, *others, cwd=tmp_path, PYTHONPATH="")))
+    assert taken == set(eval(isolated(code, tmp_path, *others)))
+
+
+@needs_compiler
+def test_torch_is_imported_when_the_checkout_of_an_editable_install_is_gone(
+    built: Path, editable: Path, tmp_path: Path
+) -> None:
+    code = """
+import os, sys
+os.dup2(1, 2)
+sys.stdout.reconfigure(line_buffering=True)
+import torch, transformers.modeling_utils
+try:
+    import grasp
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    built.rename(built.with_name("gone"))
+    try:
+        *warnings, error = run(editable, "-c", code, cwd=tmp_path, PYTHONPATH="").splitlines()
+    finally:
+        built.with_name("gone").rename(built)
+    assert len(warnings) <= 1
+    assert error.startswith(f"{built}/grasp/__init__.py is gone")
 
 
 def test_without_a_compiler_the_packages_install_all_the_same(checkout: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from grasp_kernels.roofline import CARDS
 
 NUM_SAMPLES, SEQ_LEN, RATIO = 128, 2048, 0.2
 HOST_MEMORY = 64e9
-CPU_RECORD = Path(__file__).parents[1] / "results" / "compress-cpu-amd-epyc.jsonl"
+CPU_RECORD = Path(__file__).parents[1] / "results" / "statistics-cpu-amd-epyc.jsonl"
 _LLAMA: dict[str, Any] = {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192}
 MODELS: dict[str, PreTrainedConfig] = {
     "Qwen2.5-1.5B": Qwen2Config(

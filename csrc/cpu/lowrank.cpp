@@ -26,13 +26,21 @@ bool is_in_range(const int32_t *columns, int64_t count, int64_t size) {
     return bits >> 31 == 0;
 }
 
-// Whether the pivots ascend, and the other columns too; then all of them are in range.
+// Whether the columns are 0 … size - 1, each once. `seen` has a byte for each; stores to bytes do not wait for others.
+bool is_permutation(const int32_t *columns, int64_t size, char *seen) {
+    if (!is_in_range(columns, size, size)) return false;
+    std::memset(seen, 0, size);
+    for (int64_t i = 0; i < size; ++i) seen[columns[i]] = 1;
+    return std::memchr(seen, 0, size) == nullptr;
+}
+
+// Whether the pivots ascend, and the other columns too.
 bool ascends(const grasp_factors &group) {
     const int32_t *order = group.order;
-    bool good = order[0] >= 0 && order[group.R] >= 0;
+    bool good = true;
     for (int64_t i = 1; i < group.R; ++i) good &= order[i - 1] < order[i];
     for (int64_t i = group.R + 1; i < group.N; ++i) good &= order[i - 1] < order[i];
-    return good && order[group.R - 1] < group.N && order[group.N - 1] < group.N;
+    return good;
 }
 
 int64_t rows_of_U(const grasp_factors &group) { return group.order ? group.N - group.R : group.N; }
@@ -99,14 +107,12 @@ class Job {
         return true;
     }
 
-    // False if an order has an entry out of range.
-    bool run(grasp_parallel parallel) {
+    void run(grasp_parallel parallel) {
         if (team_ > 1) {
             parallel([](void *job) { static_cast<Job *>(job)->join(); }, this, team_, 0);
         } else {
             join();
         }
-        return !bad_.load(std::memory_order_relaxed);
     }
 
   private:
@@ -279,7 +285,6 @@ class Job {
 
     // tile + bias → y[:, columns], of pivoted factors.
     void scatter(const grasp_factors &group, float *tile, int64_t rows, const int32_t *columns) {
-        if (!is_in_range(columns, rows, group.N)) return bad_.store(true, std::memory_order_relaxed);
         alignas(64) char block[TILE_FLOATS * sizeof(float)];  // [M, rows]
         float buffer[TILE_FLOATS / MAX_ROWS];
         for (int64_t r = 0; r < rows && group.bias; ++r) to_floats(group.bias, x_.dtype, columns[r], 1, buffer + r);
@@ -333,7 +338,6 @@ class Job {
     char *packed_x_ = nullptr;
     Phase pack_, shrink_, seal_, expand_;
     std::atomic<int> joined_{0};
-    std::atomic<bool> bad_{false};
 };
 
 bool is_dtype(int32_t dtype) { return dtype == GRASP_F32 || dtype == GRASP_F16 || dtype == GRASP_BF16; }
@@ -368,6 +372,18 @@ bool is_good(const grasp_cpu_options &options) {
     return options.threads >= 1 && options.isa >= GRASP_ISA_AUTO && options.isa <= GRASP_ISA_AMX;
 }
 
+// Whether the orders of pivoted factors are permutations.
+grasp_status check_orders(const grasp_factors *groups, int64_t count) {
+    thread_local Arena arena;
+    for (int64_t i = 0; i < count; ++i) {
+        if (!groups[i].order) continue;
+        char *seen = arena.get(groups[i].N);
+        if (!seen) return GRASP_OUT_OF_MEMORY;
+        if (!is_permutation(groups[i].order, groups[i].N, seen)) return GRASP_BAD_ARGUMENT;
+    }
+    return GRASP_OK;
+}
+
 int64_t weight_bytes(const grasp_input &x, const grasp_factors *groups, int64_t count) {
     int64_t bytes = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -380,6 +396,7 @@ int64_t weight_bytes(const grasp_input &x, const grasp_factors *groups, int64_t 
 grasp_status run(const grasp_input &x, const grasp_factors *groups, int64_t count, int32_t activation,
                  const grasp_cpu_options &options) {
     if (!grasp_cpu_supports(options.isa)) return GRASP_UNSUPPORTED;
+    if (const grasp_status status = check_orders(groups, count)) return status;
     const bool serial = options.parallel == nullptr || weight_bytes(x, groups, count) < SERIAL_BYTES;
     for (int64_t m = 0; m < x.M; m += MAX_ROWS) {
         grasp_input slice = x;
@@ -391,7 +408,7 @@ grasp_status run(const grasp_input &x, const grasp_factors *groups, int64_t coun
         }
         Job job(slice, m, kernels, serial ? 1 : options.threads, activation);
         if (!job.prepare(groups, count)) return GRASP_OUT_OF_MEMORY;
-        if (!job.run(options.parallel)) return GRASP_BAD_ARGUMENT;
+        job.run(options.parallel);
     }
     return GRASP_OK;
 }

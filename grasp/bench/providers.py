@@ -23,7 +23,7 @@ from grasp.model.dense import dense_shape
 from grasp.model.grouping import group_linears_
 from grasp.model.kernel_linear import use_kernel_
 from grasp.model.layer_removal import remove_layers_
-from grasp.model.lowrank_linear import LowRankLinear, set_backend_
+from grasp.model.lowrank_linear import LowRankLinear, Pivotable, set_backend_
 from grasp.model.narrowing import narrowed_shapes
 from grasp.model.quantized_linear import QuantizedEmbedding, QuantizedLowRankLinear, is_quantized
 from grasp.model.size import parameter_count
@@ -32,7 +32,6 @@ from grasp.progress import Progress, no_progress
 from grasp_kernels.dispatch import BACKENDS, CPU_ROWS, OpCall, backend_missing, objection
 from grasp_kernels.quantized import KINDS
 
-_LOW_RANK = (LowRankLinear, QuantizedLowRankLinear)
 DENSE, REMOVED, COMPRESSED, UNFUSED = "dense", "removed", "compressed", "unfused"
 TOO_LARGE = "the device has too little memory for it beside the dense model; give --dtype bfloat16, or --device cpu"
 KERNEL = "kernel"  # ``dense/kernel``, ``compressed/kernel``: see ``use_kernel_``
@@ -115,7 +114,7 @@ def low_rank_layers(dense: PreTrainedModel, compressed: PreTrainedModel, name: s
     layers, factor_parameters, dense_parameters = [], 0, 0
     originals, narrowed = dict(dense.named_modules()), narrowed_shapes(compressed)
     for index, layer in enumerate(decoder(compressed).layers):
-        linears = {path: module for path, module in layer.named_modules() if isinstance(module, _LOW_RANK)}
+        linears = {path: module for path, module in layer.named_modules() if isinstance(module, Pivotable)}
         for path, module in linears.items():
             full = f"{decoder(compressed).path}.{index}.{path}"
             original, shape = originals.get(full), (module.out_features, module.in_features)
@@ -202,7 +201,7 @@ def objections(provider: ModelProvider, rows: Sequence[int]) -> str | None:
     row = next((row for row in BACKENDS if row.name == provider.backend), None)
     if row is None:
         return None
-    modules = [module for module in provider.model.modules() if isinstance(module, _LOW_RANK)]
+    modules = [module for module in provider.model.modules() if isinstance(module, Pivotable)]
     device, dtype, rank = modules[0].U.device, provider.model.dtype, max(module.rank for module in modules)
     weights = frozenset(KINDS[module.Vh.dtype] for module in modules if isinstance(module, QuantizedLowRankLinear))
     calls = [

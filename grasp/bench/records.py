@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from grasp.bench.compress_records import CompressResult
 from grasp.bench.conditions import Conditions
 from grasp.bench.percentiles import Percentiles
 from grasp.bench.recorded import WorkloadResult
@@ -326,6 +325,5 @@ RECORDS: tuple[type[Record], ...] = (
     OpResult,
     WorkloadResult,
     ServeResult,
-    CompressResult,
     NotMeasured,
 )

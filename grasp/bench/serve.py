@@ -57,7 +57,8 @@ class ServeRequest:
     """Settings of one run.
 
     Raises:
-        ValueError: if ``new_tokens``, ``time_limit`` or a limit is out of range, or a limit is of an unknown metric.
+        ValueError: if ``new_tokens``, ``time_limit`` or a limit is out of range, a limit is of an unknown metric, or
+            no model is served and ``tokenizer`` is missing.
     """
 
     # names as for ``load_model``, which are served, and addresses of servers that run already. The others are compared
@@ -71,6 +72,7 @@ class ServeRequest:
     # metric in ``LIMITS`` → ms; requests within all of them count as good
     limits: Mapping[str, float] = field(default_factory=dict)
     dtype: str = "auto"  # as for ``load_model``; ``auto`` is that of the first model that is served
+    tokenizer: str | None = None  # of servers that run already; ``None`` is that of the first model served here
     server_options: Sequence[str] = ()  # further arguments of vLLM's servers
     time_limit: float = 900  # seconds that each start of a server and each run of the client may take
 
@@ -79,6 +81,8 @@ class ServeRequest:
             raise ValueError(f"unknown metric {unknown[0]!r} with a limit; expected some of {', '.join(LIMITS)}")
         if self.new_tokens < 2:
             raise ValueError(f"new_tokens must be at least 2, got {self.new_tokens}")
+        if self.tokenizer is None and all(map(_is_url, self.models)):
+            raise ValueError("tokenizer is missing; give the folder or hub name of the tokenizer of the servers")
         if not self.time_limit > 0:
             raise ValueError(f"time_limit must be above 0, got {self.time_limit:g}")
         if bad := {metric: limit for metric, limit in self.limits.items() if not limit >= 0}:
@@ -257,10 +261,10 @@ class _Bench:
         result = self.scratch / "client.json"
         result.unlink(missing_ok=True)  # of the round before
         options = {
-            **{"base-url": server.url, "model": server.model, "tokenizer": server.root, "temperature": 0},
+            **{"base-url": server.url, "model": server.model, "tokenizer": self._tokenizer(server.name)},
             **{"dataset-name": "random", "seed": 1000 * concurrency + number, "num-prompts": requests},
             **{"random-input-len": request.prompt_tokens, "random-output-len": request.new_tokens},
-            **{"max-concurrency": concurrency, "num-warmups": concurrency},
+            **{"max-concurrency": concurrency, "num-warmups": concurrency, "temperature": 0},
             **{"percentile-metrics": ",".join(METRICS), "metric-percentiles": ",".join(map(str, PERCENTS))},
             **{"result-dir": self.scratch, "result-filename": result.name},
         }
@@ -282,6 +286,12 @@ class _Bench:
         if bad := sorted(name for name in _needed(request) if not math.isfinite(numbers.get(name, math.nan))):
             raise ServerError(f"vLLM's client gave no finite {', '.join(bad)}; expected a number: upgrade vllm")
         return {name: value for name, value in numbers.items() if math.isfinite(value)}
+
+    def _tokenizer(self, name: str) -> Path | str:
+        """The folder or hub name that the client loads: never what a server says."""
+        if (own := self.checkpoints.get(name)) is not None:
+            return own.folder
+        return self.request.tokenizer or next(iter(self.checkpoints.values())).folder
 
     def _result(
         self, name: str, concurrency: int, rounds: Sequence[Numbers], first: Sequence[Numbers] | None

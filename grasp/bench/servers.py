@@ -20,13 +20,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from grasp.errors import ServerError
-from grasp.formatting import one_line
-from grasp.reading import parse_json
+from grasp.formatting import one_line, size
+from grasp.reading import LIMIT, parse_json
 
 HOST = "127.0.0.1"  # of servers that this process starts
 WITHOUT_PROXY = (HOST, "localhost")
 COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 ANSWER_SECONDS, COMPLETION_SECONDS = 30, 600  # a server may still compile at its first completion
+_PIECE = 1 << 16  # bytes of an answer that are read at a time
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 10  # between the request to end and the kill
 _LAST_BYTES, _LAST_LINES = 1 << 15, 10  # of a log
@@ -88,7 +89,6 @@ class Server:
     name: str  # its name in results
     url: str  # its address, without the path
     model: str  # id of its model
-    root: str  # folder or hub name of its model
     version: str | None  # version of vLLM; ``None`` if the server does not tell
     process: Process | None = None  # its process; ``None`` if it was not started here
 
@@ -115,12 +115,11 @@ def connect(url: str) -> Server:
     """
     models = fetch(f"{url}/v1/models")
     with _expected_fields(url, models):
-        model = models["data"][0]
-        identity, root = str(model["id"]), str(model.get("root") or model["id"])
+        identity = str(models["data"][0]["id"])
     version = None
     with contextlib.suppress(ServerError):
         version = fetch(f"{url}/version").get("version")
-    return Server(Path(identity).name, url, identity, root, version)
+    return Server(Path(identity).name, url, identity, version)
 
 
 def start(process: Process, name: str, url: str, limit: float) -> Server:
@@ -180,17 +179,32 @@ def fetch(url: str, body: object = None) -> dict[str, Any]:
     return parse_json(fetch_text(url, body), url, "the JSON of an OpenAI server", ServerError)
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: object) -> None:
+        """Leave the answer as it is, which counts as an error."""
+
+
 def fetch_text(url: str, body: object = None) -> str:
-    """The text that a server answers; arguments and errors are those of ``fetch``. No proxy to this machine."""
+    """The text that a server answers; arguments and errors are those of ``fetch``. No proxy to this machine.
+
+    An answer has a limited size and time, and must come from the address that the user gave.
+    """
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
         direct = [urllib.request.ProxyHandler({})] if urlsplit(url).hostname in WITHOUT_PROXY else []
         timeout = ANSWER_SECONDS if body is None else COMPLETION_SECONDS
-        with urllib.request.build_opener(*direct).open(request, timeout=timeout) as answer:
-            return str(answer.read().decode())
+        deadline, content = time.monotonic() + timeout, bytearray()
+        with urllib.request.build_opener(*direct, _NoRedirects).open(request, timeout=timeout) as answer:
+            while piece := answer.read1(_PIECE):
+                content += piece
+                if len(content) > LIMIT:
+                    raise ValueError(f"its answer has more than {size(LIMIT)}")
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"its answer takes more than {timeout} s")
+        return content.decode()
     except urllib.error.HTTPError as error:
-        reason = error.read().decode(errors="replace")
+        reason = error.read1(_PIECE).decode(errors="replace")
         raise ServerError(f"{url} answers HTTP {error.code}: {one_line(reason)}; expected 200") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ServerError(

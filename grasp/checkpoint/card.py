@@ -18,8 +18,8 @@ from grasp.checkpoint.inspection import Inspection, LowRankModule
 from grasp.errors import CheckpointError, GraspError
 from grasp.formatting import counts, one_line, printable, score_rows
 from grasp.hub import BAD_ANSWERS, HUB_ERRORS
-from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.quantized_linear import QUANTIZED, QuantizedLowRankLinear
+from grasp.model.lowrank_linear import Pivotable
+from grasp.model.quantized_linear import QUANTIZED
 from grasp.model.size import parameter_count
 from grasp.reading import read_json
 
@@ -53,7 +53,8 @@ layers. In all, {removed:.1%} of the model's parameters were removed ({before:,}
 
 ## Use
 
-Install `grasp-llm` beside transformers. It needs no import.
+Install `grasp-llm` beside transformers, which refuses this folder without it. It needs no import. \
+`grasp convert . -o pairs --to linear-pairs` writes a folder that needs transformers only.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -119,8 +120,7 @@ def model_card(
         >>> print(model_card(model, base_model="openai-community/gpt2").splitlines()[1])
         base_model: openai-community/gpt2
     """
-    kinds = (LowRankLinear, QuantizedLowRankLinear)
-    layers = {name: _layer(module) for name, module in model.named_modules() if isinstance(module, kinds)}
+    layers = {name: _layer(module) for name, module in model.named_modules() if isinstance(module, Pivotable)}
     storages = [str(module.storage) for module in model.modules() if isinstance(module, QUANTIZED)]
     sizes = parameter_count(model), before
     return _render(model.config.model_type, layers, storages, sizes, base_model, license or {}, details)
@@ -325,7 +325,7 @@ def _rows(layers: Mapping[str, _CardLayer | LowRankModule]) -> list[str]:
     ]
 
 
-def _layer(layer: LowRankLinear | QuantizedLowRankLinear) -> _CardLayer:
+def _layer(layer: Pivotable) -> _CardLayer:
     bias = 0 if layer.bias is None else layer.out_features
     dense = layer.in_features * layer.out_features + bias
     return _CardLayer(layer.rank, layer.in_features, layer.out_features, parameter_count(layer), dense, layer.form)

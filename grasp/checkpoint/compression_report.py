@@ -141,6 +141,7 @@ class CompressionReport:
     request: Mapping[str, Any] = field(default_factory=dict)  # the request of ``grasp compress``; empty from Python
     decode_seconds: Mapping[str, float] = field(default_factory=dict)  # predicted time per token, dense and after
     costs: str | None = None  # the device of these costs; ``None`` without a latency target
+    run: str = ""  # digest of everything that the result depends on; "" from Python
 
     @property
     def compression_ratio(self) -> float:
@@ -281,7 +282,7 @@ def _require_sound(report: CompressionReport) -> None:
     numbers += [*report.candidate_bytes.values(), *report.candidate_seconds.values()]
     numbers += [number for row in report.kinds for number in (row.dense, row.compressed)]
     numbers += [] if report.retain_ratio is None else [report.retain_ratio]
-    texts = [report.scope, report.costs or "", report.request.get("model") or ""]
+    texts = [report.scope, report.run, report.costs or "", report.request.get("model") or ""]
     for module in report.modules:
         numbers += [module.bytes_before, module.bytes_after, module.importance_kept]
         texts += [module.name, module.block, module.reason]

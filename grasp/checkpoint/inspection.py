@@ -21,6 +21,7 @@ from grasp.model.checkpoint_format import (
     check_rank,
     check_tensor,
     read_headers,
+    require_inside,
     storages,
     weight_files,
 )
@@ -137,6 +138,7 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"no folder {directory}; expected a checkpoint that `grasp compress` wrote")
+    require_inside(directory)
     expected = "the configuration of a checkpoint that `grasp compress` wrote"
     config = read_json(directory / "config.json", expected, CheckpointError, finite=False)
     stored = _Stored(config, directory / "config.json", read_headers(weight_files(directory)))

@@ -43,6 +43,7 @@ class RecoveryReport:
             the built-in text is not installed.
         seconds: time per step of the work.
         versions: versions of the libraries.
+        run: digest of everything that the result depends on; "" from Python.
 
     Example:
         >>> curve = (Point(0, 0, 3.5, None), Point(10, 5120, 3.1, 3.3), Point(20, 10240, 3.2, 2.9))
@@ -62,6 +63,7 @@ class RecoveryReport:
     kind_losses: Mapping[str, Sequence[float]] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    run: str = ""
 
     @property
     def loss_before(self) -> float:

@@ -62,7 +62,6 @@ class RunFolder:
         self._fingerprint: dict[str, Any] | None = None
         self.files: dict[str, str] = {}  # stem → name of the file with its digest, as state.json lists it
         self._replaced: list[Path] = []  # files to remove when state.json no longer lists them
-        self._output: dict[str, str] = {}  # name → SHA-256 of a file of the checkpoint, once it is about to be written
         self._clock = Clock()
         self._has_progress = False  # whether the folder holds work worth resuming
         self._last_write = self._write_seconds = 0.0  # time and duration of the last write of growing data
@@ -116,24 +115,10 @@ class RunFolder:
             with suppress(OSError):  # not empty
                 folder.rmdir()
 
-    def has_written(self, target: Path) -> bool:
-        """Whether ``target`` is the checkpoint of the stored run, which was killed before it had removed its folder.
-
-        Raises:
-            ResumeError: if ``state.json`` is damaged.
-        """
-        output = self._stored_state().get("output", {})
-        paths = [target / name for name in output]
-        return bool(paths) and all(path.is_file() and _file_digest(path) == output[path.name] for path in paths)
-
-    def record_output(self, name: str, text: str) -> None:
-        """Record that a checkpoint is about to be put in place; ``text`` is its file ``name``, which no other run has.
-
-        Raises:
-            ResumeError: if it cannot be written.
-        """
-        self._output = {name: hashlib.sha256(text.encode()).hexdigest()}
-        self._write_state()
+    @property
+    def run(self) -> str:
+        """A digest of the path and the fingerprint; in the report of the output, it tells that a run has ended."""
+        return hashlib.sha256(json.dumps([str(self.folder), self._fingerprint]).encode()).hexdigest()
 
     def require_same(self, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
         """Set the fingerprint of this run, and compare it with the stored one; the stored state, {} if there is none.
@@ -239,7 +224,7 @@ class RunFolder:
         """Write ``state.json``, then remove the files that it no longer lists. Rank 0 writes."""
         if self._rank:
             return
-        state = {"identity": self._fingerprint, "files": self.files, "output": self._output, **self._state()}
+        state = {"identity": self._fingerprint, "files": self.files, **self._state()}
         state["seconds"] = self._clock.seconds
         with self._writing("state.json"), replacing(self._manifest, scratch=self.folder / _UNFINISHED) as temporary:
             temporary.write_text(json.dumps({**state, "sha256": _state_digest(state)}, indent=1), encoding="utf-8")

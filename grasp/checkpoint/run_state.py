@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 import time
@@ -227,7 +226,7 @@ class RunState(RunFolder, NoState):
         for path in self._stored_sums():
             self._verify(path, "delete this file to repeat its sweep")
             tensors, notes = self.read(path.name)
-            if notes["run"] == self._run and notes["done"] > done and all(t.name in notes["calls"] for t in sums):
+            if notes["run"] == self.run and notes["done"] > done and all(t.name in notes["calls"] for t in sums):
                 done = notes["done"]
                 for target, total in sums.items():
                     total.tensor.copy_(tensors[target.name])
@@ -242,7 +241,7 @@ class RunState(RunFolder, NoState):
         """
         if done < batches and not self._write_is_due():
             return
-        notes = {"run": self._run, "done": done, "calls": {target.name: total.calls for target, total in sums.items()}}
+        notes = {"run": self.run, "done": done, "calls": {target.name: total.calls for target, total in sums.items()}}
         previous = self._stored_sums()
         with self._timed_write():
             name = self.write(self._sums, {target.name: total.tensor for target, total in sums.items()}, notes)
@@ -250,11 +249,6 @@ class RunState(RunFolder, NoState):
                 if path.name != name:
                     path.unlink()
             self._write_state()  # has the time so far
-
-    @property
-    def _run(self) -> str:
-        """A digest of the fingerprint and the rank, to which sums belong."""
-        return hashlib.sha256(json.dumps([self._fingerprint, self._rank]).encode()).hexdigest()
 
     def _stored_sums(self) -> list[Path]:
         """The sums of this rank: one file, or two after a kill."""

@@ -6,15 +6,15 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from grasp.errors import CheckpointError
 from grasp.files import Contents, contents, expanded, in_use, replacing, require_space, try_writing
-from grasp.model.checkpoint_format import is_inside
+from grasp.model.checkpoint_format import read_headers, require_inside
 from grasp.model.hf_quantizer import mark_compressed
-from grasp.reading import read_text_file
+from grasp.reading import read_json, read_text_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,6 +55,15 @@ def check_directory(directory: str | Path, *, overwrite: bool = False) -> Path:
             "another folder"
         )
     return target
+
+
+def has_finished(target: Path, name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a folder is the output of a run with this configuration, as its report, the file ``name``, says."""
+    try:
+        stored = read_json(target / name, "a report", CheckpointError)["config"]
+        return all(stored[key] == value for key, value in config.items() if value is not None)
+    except (CheckpointError, LookupError, TypeError):
+        return False
 
 
 def save_checkpoint(
@@ -106,7 +115,6 @@ def save_checkpoint(
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        _copy_mode_of_config(folder)
     return target
 
 
@@ -129,10 +137,13 @@ def new_folder(target: Path, texts: Mapping[str, str], seen: Contents) -> Iterat
             folder.mkdir()
             until_placed.enter_context(in_use(folder))
             yield folder
+            read_headers(folder.glob("*.safetensors"))  # raises if one is cut short
             for name, text in texts.items():
                 if Path(name).name != name or (folder / name).exists():
                     raise ValueError(f"extra file {name!r} must be a plain name that no file of the checkpoint has")
                 (folder / name).write_text(text, encoding="utf-8")
+            for path in (path for path in folder.rglob("*") if path.is_file()):
+                path.chmod(folder.stat().st_mode & 0o666)  # as the umask has it; safetensors lets only the owner read
     except Exception as error:
         if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:  # which tokenizers raises
             raise
@@ -148,12 +159,12 @@ def read_texts(directory: Path, patterns: Collection[str]) -> dict[str, str]:
     Of the files that a pattern with ``*`` matches, folders and files that are not UTF-8, such as a PDF, are left out.
 
     Raises:
-        CheckpointError: if one cannot be read, or is a link to another folder, whose text might be private.
+        CheckpointError: if one cannot be read; as ``require_inside``.
     """
+    if directory.is_dir():
+        require_inside(directory)
     found = [path for pattern in patterns for path in sorted(directory.glob(pattern))]
     paths = [path for path in found if path.name in patterns or not path.is_dir()]
-    if outside := [path for path in paths if not is_inside(path)]:
-        raise CheckpointError(f"{outside[0]} is a link that leads out of its folder; copy the file there")
     texts = {}
     for path in paths:
         try:
@@ -162,10 +173,3 @@ def read_texts(directory: Path, patterns: Collection[str]) -> dict[str, str]:
             if path.name in patterns or not isinstance(error.__cause__, UnicodeDecodeError):
                 raise
     return texts
-
-
-def _copy_mode_of_config(folder: Path) -> None:
-    """Let everybody who may read the configuration read the weights: safetensors lets only their owner read them."""
-    mode = (folder / "config.json").stat().st_mode
-    for weights in folder.glob("*.safetensors"):
-        weights.chmod(mode)

@@ -31,7 +31,6 @@ Outputs = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads. Default: PyTorch's choice.")]
 Layers = Annotated[str | None, typer.Option(help="Instead of --num-layers: these layers, such as 3,12-17.")]
-RetainRatio = Annotated[float, typer.Option(help="Fraction of each matrix's parameters to keep.")]
 
 OpNames = Annotated[list[str] | None, typer.Option(help="Time only this op; may be repeated.")]
 ShapesOfModel = Annotated[
@@ -111,18 +110,6 @@ Text = Annotated[
 Window = Annotated[int, typer.Option(min=2, max=MOST, help="Tokens per window of the text.")]
 Windows = Annotated[int, typer.Option(min=0, max=MOST, help="Number of windows; 0 measures no perplexity.")]
 
-RedundantLayers = Annotated[
-    int, typer.Option(min=1, max=MOST, help="Number of layers to compress, by least influence.")
-]
-Schedules = Annotated[
-    list[str] | None, typer.Option(help="sequential, per-layer or single-sweep; may be repeated. Default: all.")
-]
-SweepDtype = Annotated[str | None, typer.Option(help="bfloat16. Default: the model's dtype.")]
-BatchSize = Annotated[int, typer.Option(min=1, max=MOST, help="Sequences per batch in the package's sweeps.")]
-NumSamples = Annotated[int, typer.Option(min=2, max=MOST, help="Calibration sequences.")]
-SeqLen = Annotated[int, typer.Option(min=2, max=MOST, help="Tokens per sequence.")]
-TimedBatches = Annotated[int, typer.Option(min=2, max=MOST, help="Batches to time in each sweep; the first warms up.")]
-Full = Annotated[bool, typer.Option("--full", help="Time the whole calibration set and extrapolate nothing.")]
 
 TuneShapes = Annotated[list[str] | None, typer.Argument(metavar="[KxNrR...]", help="Default: those of a 7B Llama.")]
 TuneDtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
@@ -271,61 +258,6 @@ def model(
         yardsticks=yardstick or (),
     )
     measure(lambda progress: benchmark.run(request, progress=progress), output, as_json)
-
-
-@bench.command()
-def compress(
-    model: BenchModel = "builtin",
-    num_layers: RedundantLayers = 6,
-    layers: Layers = None,
-    retain_ratio: RetainRatio = 0.3,
-    schedule: Schedules = None,
-    sweep_dtype: SweepDtype = None,
-    batch_size: BatchSize = 1,
-    num_samples: NumSamples = 24,
-    seq_len: SeqLen = 512,
-    timed_batches: TimedBatches = 4,
-    full: Full = False,
-    device: Device = None,
-    threads: Threads = None,
-    output: Outputs = None,
-    as_json: Json = False,
-) -> None:
-    """Time the attribution of a compression against its plain definition, written from the paper's formulas.
-
-    Ends with exit code 1 at a schedule where rounding does not explain a difference of their singular groups.
-
-    [bold]Example[/bold]
-
-    $ grasp bench compress builtin --layers 22-27 --threads 2 -o compress.jsonl
-    """
-    from grasp.bench import compress as benchmark
-    from grasp.bench.race import WrongSelectionError
-
-    request = benchmark.CompressRequest(
-        model=model,
-        layers=None if layers is None else parse_layers(layers),
-        num_layers=num_layers,
-        retain_ratio=retain_ratio,
-        schedules=schedule or (),
-        sweep_dtype=sweep_dtype,
-        batch_size=batch_size,
-        num_samples=num_samples,
-        seq_len=seq_len,
-        timed_batches=None if full else timed_batches,
-        device=device,
-        threads=threads,
-    )
-
-    def rounds(progress: StepBars) -> Iterator[Sequence[Record]]:
-        try:
-            for result in benchmark.run(request, progress=progress):
-                yield [result]
-        except WrongSelectionError as error:
-            progress.note(f"WRONG: {error}; this schedule is not reported")
-            raise typer.Exit(WRONG) from error
-
-    measure(rounds, output, as_json, at_the_end=True)
 
 
 @bench.command()

@@ -26,6 +26,14 @@ Rounds = Annotated[int, typer.Option(min=1, max=MOST, help="Turns of every serve
 Goodput = Annotated[
     str, typer.Option(metavar="ttft:MS,tpot:MS", help="Count requests within these limits; also e2el, end to end.")
 ]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER|HUB NAME",
+        help="Tokenizer of servers that run already; that of the first MODEL served here by default.",
+        show_default=False,
+    ),
+]
 VllmOptions = Annotated[str, typer.Option(help='More options of the servers, such as "--max-model-len 1024".')]
 TimeLimit = Annotated[
     float, typer.Option(min=0, max=MOST, help="Seconds for the start of a server, and for a round of the client.")
@@ -42,6 +50,7 @@ def serve(
     rounds: Rounds = 3,
     goodput: Goodput = "",
     dtype: Dtype = "auto",
+    tokenizer: Tokenizer = None,
     vllm_options: VllmOptions = "",
     time_limit: TimeLimit = 900,
     output: Outputs = None,
@@ -60,7 +69,7 @@ def serve(
 
     [dim]Servers that run already:[/dim]
 
-    $ grasp bench serve http://localhost:8000 http://localhost:8001
+    $ grasp bench serve http://localhost:8000 http://localhost:8001 --tokenizer small
     """
     from grasp.bench import serve as benchmark
 
@@ -73,6 +82,7 @@ def serve(
         rounds=rounds,
         limits=parse_limits(goodput),
         dtype=dtype,
+        tokenizer=tokenizer,
         server_options=shlex.split(vllm_options),
         time_limit=time_limit,
     )

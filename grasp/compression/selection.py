@@ -20,8 +20,8 @@ from grasp.method.rounding import round_to_outputs
 from grasp.method.storage import Storage
 from grasp.method.svd import SVD, shrinkage
 from grasp.model.dense import dense_shape
-from grasp.model.lowrank_linear import LowRankLinear
-from grasp.model.quantized_linear import QuantizedLinear, QuantizedLowRankLinear
+from grasp.model.lowrank_linear import LowRankLinear, Pivotable
+from grasp.model.quantized_linear import QuantizedLinear
 from grasp.model.size import parameter_count
 from grasp.model.targets import Target
 from grasp.statistics.covariance import Covariance
@@ -191,7 +191,7 @@ def as_stored(report: ModuleReport, module: nn.Module) -> ModuleReport:
         return replace(report, reason=f"stays dense, in {module.storage}")
     if report.reason:
         return report
-    if not isinstance(module, (LowRankLinear, QuantizedLowRankLinear)):
+    if not isinstance(module, Pivotable):
         reason = EXPANDED if isinstance(module, QuantizedLinear) else NOT_PIVOTED
         return ModuleReport(report.name, report.layer, "", reason)
     return replace(

@@ -13,9 +13,8 @@ from grasp.errors import MissingPackageError, UnsupportedModelError
 from grasp.export.gguf_tokenizer import REMEDY, add_tokenizer
 from grasp.files import require_space
 from grasp.model.dequantize import dequantize_
-from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.lowrank_linear import Pivotable
 from grasp.model.narrowing import narrowed_mlps
-from grasp.model.quantized_linear import QuantizedLowRankLinear
 
 _BLOCK = 32  # numbers that Q8_0 scales together
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # without blocks
@@ -47,7 +46,7 @@ def export_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
         UnsupportedModelError, MissingPackageError, CheckpointError: as ``write_gguf``.
     """
     narrowed = any(narrowed_mlps(model))
-    count = sum(isinstance(module, (LowRankLinear, QuantizedLowRankLinear)) for module in model.modules())
+    count = sum(isinstance(module, Pivotable) for module in model.modules())
     dequantize_(model)
     write_gguf(model, folder / "model.gguf", None, tokenizer)
     if not count and not narrowed:
@@ -126,7 +125,11 @@ def write_gguf(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
+    assert writer.fout is not None
+    written = writer.fout[0].tell()
     writer.close()
+    if (size := path.stat().st_size) != written:  # NumPy does not tell that the last bytes failed
+        raise OSError(f"{path.name} has {size} of {written} bytes")
 
 
 def _add_sizes(writer: Any, config: Any) -> None:

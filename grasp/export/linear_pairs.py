@@ -48,6 +48,21 @@ class LinearPairsForCausalLM({model}):
             pair = nn.Sequential(nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=bias))
             self.set_submodule(path, pair)
 '''
+_CARD = f"""\
+---
+library_name: transformers
+tags: [custom_code]
+---
+# A low-rank model as pairs of linear layers
+
+This folder needs transformers and not grasp. Read `{_FILE}.py`, then load it:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+```
+"""
 
 
 def export_linear_pairs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
@@ -77,6 +92,7 @@ def export_linear_pairs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     stock = {"model": type(model).__name__, "config": type(model.config).__name__}
     text = _MODULE.format(**stock, model_type=model.config.model_type, version=__version__)
     (folder / f"{_FILE}.py").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(_CARD, encoding="utf-8")
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | {
         "model_type": f"linear_pairs_{model.config.model_type}",

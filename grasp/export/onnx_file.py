@@ -81,9 +81,26 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
             f"no ONNX graph is written: torch.onnx.export fails: {one_line(error.__cause__ or error)}. {_REMEDY}"
         ) from error
     program.save(folder / "model.onnx", external_data=True)
+    _require_complete(folder / "model.onnx")
     model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return f"{len(shapes)} low-rank linears are two MatMuls each. Weights are fp32."
+
+
+def _require_complete(file: Path) -> None:
+    """Check that the weights of a graph are on the disk: NumPy does not tell that writing their last bytes failed.
+
+    Raises:
+        OSError: if some are missing.
+    """
+    import onnx
+
+    for tensor in onnx.load(file, load_external_data=False).graph.initializer:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if place and (data := file.parent / place["location"]).stat().st_size < (
+            end := int(place["offset"]) + int(place["length"])
+        ):
+            raise OSError(f"{data.name} has {data.stat().st_size} of {end} bytes")
 
 
 def _objection(model: PreTrainedModel) -> str | None:

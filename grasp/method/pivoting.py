@@ -109,7 +109,7 @@ def factored(C: Tensor, order: Tensor) -> Tensor:
 
 def in_order(rows: Tensor, order: Tensor) -> Tensor:
     """The rows of a matrix, row i at place ``order[i]``."""
-    return torch.empty_like(rows).index_copy_(0, order.long(), rows)
+    return rows.index_select(0, order.argsort())
 
 
 def rounding_growth(C: Tensor, Vp: Tensor) -> float:

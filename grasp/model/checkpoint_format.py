@@ -178,18 +178,30 @@ def _shards(folder: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map of names; expected {expected}")
     for name in (names := sorted(set(weight_map.values()))):
-        if Path(name).name != name or not is_inside(folder / name):
+        if Path(name).name != name or not _is_inside(folder / name, folder):
             raise CheckpointError(f"{index} names {name!r:.80}, which is not in its folder; copy the file there")
     return [folder / name for name in names]
 
 
-def is_inside(file: Path) -> bool:
-    """Whether a path, which may be a link, leads to its own folder, or to the hub's cache if that has the folder."""
+def require_inside(folder: Path) -> None:
+    """Refuse links out of a checkpoint's folder, before anything in it is read: what they lead to may be private.
+
+    Raises:
+        CheckpointError: if there is one, among the files or the chat templates.
+    """
+    templates = folder / "additional_chat_templates"
+    for path in sorted([*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]):
+        if not _is_inside(path, folder):
+            raise CheckpointError(f"{path} is a link that leads out of its folder; copy there what it leads to")
+
+
+def _is_inside(file: Path, folder: Path) -> bool:
+    """Whether a path, which may be a link, leads into a folder, or to the hub's cache if that has the folder."""
     try:
-        home = file.parent.resolve()
+        home, target = folder.resolve(), file.resolve()
         # The files of the hub's cache are links: models--owner--name/snapshots/REVISION/FILE → ../../blobs/DIGEST.
         homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-        return file.resolve().parent in homes
+        return any(target.is_relative_to(home) for home in homes)
     except (OSError, RuntimeError, ValueError):  # the name is too long, or has NUL; or a loop of links
         return False
 

@@ -15,13 +15,12 @@ from grasp.method.ranks import Shape
 from grasp.method.storage import Storage
 from grasp.model.checkpoint_format import StoredTensor, check_rank, check_tensor, storages
 from grasp.model.dense import dense_shape
-from grasp.model.lowrank_linear import LowRankLinear, is_order
+from grasp.model.lowrank_linear import LowRankLinear, Pivotable, order_objection
 from grasp.model.narrowing import empty_linear, mark_narrowed
 from grasp.model.quantized_linear import (
     QUANTIZED,
     VALUES,
     QuantizedLinear,
-    QuantizedLowRankLinear,
     QuantizedModule,
     quantized_like,
 )
@@ -119,8 +118,8 @@ def check_complete(model: PreTrainedModel, names: Collection[str]) -> None:
 
 def check_loaded(path: str, layer: LowRankLinear | QuantizedModule) -> None:
     """Raise ``CheckpointError`` if the kernels cannot take loaded tensors; those in memory have no header."""
-    if isinstance(layer, (LowRankLinear, QuantizedLowRankLinear)) and layer.order is not None:
-        _check_order(path, layer.order, layer.rank)
+    if isinstance(layer, Pivotable) and layer.order is not None:
+        _check_order(path, layer, layer.order)
     if isinstance(layer, LowRankLinear):
         return
     for name, tensor in layer.named_parameters():
@@ -136,18 +135,15 @@ def check_loaded(path: str, layer: LowRankLinear | QuantizedModule) -> None:
             )
 
 
-def _check_order(path: str, order: Tensor, rank: int) -> None:
+def _check_order(path: str, layer: Pivotable, order: Tensor) -> None:
     """Raise ``CheckpointError`` if the kernels would write outside of an output, or not write all of it."""
     if order.is_meta:
         raise CheckpointError(
             f"{path}.order is on the meta device, so it cannot be checked; load the model without offload_buffers, and "
             "without device_map='meta'"
         )
-    if order.dtype != torch.int32 or not is_order(order, rank):
-        raise CheckpointError(
-            f"{path}.order is not the order of pivoted factors: {rank} distinct rows of 0..{len(order) - 1}, "
-            "ascending, then the others; the file was edited or is damaged: save or copy the model again"
-        )
+    if objection := order_objection(order, layer.rank, layer.out_features):
+        raise CheckpointError(f"{path}.{objection}; the file was edited or is damaged: save or copy the model again")
 
 
 def _spellings(model: PreTrainedModel, name: str) -> tuple[str, ...]:

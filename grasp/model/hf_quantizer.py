@@ -6,9 +6,12 @@ imports must stay light.
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,13 +43,17 @@ from grasp.model.checkpoint_modules import (
 )
 from grasp.model.dequantize import dequantize_
 from grasp.model.grouping import group_linears_
-from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.lowrank_linear import LowRankLinear, Pivotable
 from grasp.model.narrowing import narrowed_shapes
-from grasp.model.quantized_linear import QuantizedLinear, QuantizedLowRankLinear
+from grasp.model.quantized_linear import QuantizedLinear
 from grasp.model.tensor_parallel import connect_, is_split, keep_factors_whole_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+# In ``config.json`` as the name of the weights. Without this format transformers raises an error that ends in it; else
+# it would give the compressed modules random weights.
+NEEDS_GRASP = "install grasp-llm, or `import grasp` before loading where TORCH_DEVICE_BACKEND_AUTOLOAD=0"
 
 
 @dataclass(repr=False)
@@ -128,6 +135,14 @@ class GraspHfQuantizer(HfQuantizer):
                 "without it, then call grasp.compress_"
             )
 
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Remove ``NEEDS_GRASP``; transformers calls this before it looks for the weights."""
+        if not str(getattr(config, "transformers_weights", "")).endswith((".safetensors", ".safetensors.index.json")):
+            config.__dict__.pop("transformers_weights", None)
+        return config
+
+    update_tp_plan = update_attn_implementation  # which transformers 5.17 calls there
+
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """The dtype that a tensor is cast to; never that of quantised values."""
         values = dtype is not None and (dtype.itemsize == 1 or not dtype.is_floating_point)
@@ -200,9 +215,7 @@ def mark_compressed(model: PreTrainedModel) -> None:
     Raises:
         CheckpointError: if the model is quantised by another method.
     """
-    low_rank = {
-        name: m for name, m in compressed_modules(model) if isinstance(m, (LowRankLinear, QuantizedLowRankLinear))
-    }
+    low_rank = {name: module for name, module in compressed_modules(model) if isinstance(module, Pivotable)}
     pivoted = [name for name, layer in low_rank.items() if layer.order is not None]
     quantized: dict[str, list[str]] = {}
     for name, module in compressed_modules(model):
@@ -221,6 +234,7 @@ def mark_compressed(model: PreTrainedModel) -> None:
             f"the model is quantised ({type(quantizer).__name__}); expected an unquantised model. Load it unquantised."
         )
     versions = {NARROWED_VERSION: shapes, QUANTIZED_VERSION: quantized, PIVOTED_VERSION: pivoted}
+    _watch_saving()
     config = GraspQuantizationConfig(
         format_version=next((version for version, modules in versions.items() if modules), FORMAT_VERSION),
         ranks={name: layer.rank for name, layer in low_rank.items()},
@@ -241,6 +255,41 @@ def mark_compressed(model: PreTrainedModel) -> None:
     tie_scales_(model)
     model.config.quantization_config = config
     model.config._is_quantized = True  # some attention modules check this before they read `q_proj.weight`
+
+
+@functools.cache
+def _watch_saving() -> None:
+    """Let ``save_pretrained`` of compressed models write ``NEEDS_GRASP``, and weights with the mode of ``config.json``.
+
+    transformers has no hook for either, and safetensors lets only their owner read weights.
+    """
+    from transformers import PreTrainedModel
+
+    save = PreTrainedModel.save_pretrained
+
+    @functools.wraps(save)
+    def watched(model: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        own, path = model.config.__dict__, Path(save_directory) / "config.json"
+        saved = []
+
+        def save_config(*args: Any) -> None:  # only where transformers saves it: not beside an adapter
+            del own["save_pretrained"]
+            model.config.save_pretrained(*args)
+            if quantization_method(model.config) == METHOD:
+                values = json.loads(path.read_text(encoding="utf-8")) | {"transformers_weights": NEEDS_GRASP}
+                path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+                saved.append(path)
+
+        if isinstance(getattr(model, "hf_quantizer", None), GraspHfQuantizer):
+            own["save_pretrained"] = save_config
+        try:
+            save(model, save_directory, *args, **kwargs)
+        finally:
+            own.pop("save_pretrained", None)
+        for weights in path.parent.glob("*.safetensors") if saved else ():
+            weights.chmod(path.stat().st_mode)
+
+    setattr(PreTrainedModel, "save_pretrained", watched)  # noqa: B010 - mypy refuses another signature
 
 
 def _conversions(model: PreTrainedModel) -> Sequence[Any]:

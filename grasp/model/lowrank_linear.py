@@ -23,17 +23,23 @@ from grasp_kernels.layers import VERSION
 register_flop_formulas()  # FlopCounterMode then counts the low-rank linears of a model
 
 
-def is_order(table: Tensor, rank: int) -> bool:
-    """Whether a table is the ``order`` of pivoted factors of a rank, ``pivots_order(pivots, N)`` for some pivots.
+def order_objection(order: Tensor, rank: int, size: int) -> str | None:
+    """Why a tensor is not the ``order`` of pivoted factors; ``None`` if it is ``pivots_order(pivots, N)`` for pivots.
 
     Args:
-        table: (N,), integers.
+        order: (N,) int32; on the meta device its values are not known, and not objected to.
         rank: R.
+        size: N.
     """
-    size = len(table)
-    parts = table.split([rank, size - rank])
-    ascending = all(bool((part.diff() > 0).all()) for part in parts)
-    return ascending and torch.equal(table.sort().values, torch.arange(size, dtype=table.dtype, device=table.device))
+    if order.shape == (size,) and order.dtype == torch.int32:
+        rows = torch.arange(size, dtype=torch.int32, device=order.device)
+        parts = order.split([rank, size - rank])
+        if order.is_meta or (torch.equal(order.sort().values, rows) and all((p.diff() > 0).all() for p in parts)):
+            return None
+    return (
+        f"order is not the order of pivoted factors: {rank} distinct rows of 0..{size - 1} in int32, ascending, then "
+        "the others"
+    )
 
 
 def pivots_order(pivots: Tensor, size: int) -> Tensor:
@@ -46,7 +52,34 @@ def pivots_order(pivots: Tensor, size: int) -> Tensor:
     return torch.cat([pivots, other_rows(pivots, size)]).to(torch.int32)
 
 
-class LowRankLinear(nn.Module):
+class Pivotable(nn.Module):
+    """A low-rank linear, floating or quantised, which may be pivoted: it loads no ``order`` that is none."""
+
+    in_features: int
+    out_features: int
+    rank: int
+    U: nn.Parameter
+    Vh: nn.Parameter
+    bias: nn.Parameter | None
+    order: Tensor | None
+    backend = "auto"  # see ``set_backend_``
+
+    @property
+    def form(self) -> Form:
+        """``"factored"`` or ``"pivoted"``."""
+        return "factored" if self.order is None else "pivoted"
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        order: Any = state_dict.get(f"{prefix}order")
+        is_read = self.order is not None and isinstance(order, Tensor)
+        if is_read and (objection := order_objection(order, self.rank, self.out_features)):
+            errors: list[str] = args[-1]
+            errors.append(f"{prefix}{objection}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class LowRankLinear(Pivotable):
     """A linear layer of rank R: ``y = (x @ Vh.mT) @ U.mT + bias``.
 
     The parameters are U (N, R), Vh (R, K) and bias (N,) or ``None``, of one dtype. The singular values are folded into
@@ -77,11 +110,6 @@ class LowRankLinear(nn.Module):
         LowRankLinear(in_features=16, out_features=8, rank=3, bias=True, parameters=56.2% of dense)
     """
 
-    U: nn.Parameter
-    Vh: nn.Parameter
-    bias: nn.Parameter | None
-    order: Tensor | None
-    backend = "auto"  # see ``set_backend_``
     kernel_version = VERSION  # of the attributes that a forward of the library `kernels` reads
     _hf_quantized_needs_local_tp = True  # transformers' tensor parallelism passes the local part to the op, no DTensor
 
@@ -201,20 +229,10 @@ class LowRankLinear(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        table, before = state_dict.get(f"{prefix}order"), dict(self._parameters)
-        if not self._accepts_order(table):
-            errors: list[str] = args[-1]
-            errors.append(f"{prefix}order is not the order of pivoted factors of rank {self.rank}")
-            return
+        before = dict(self._parameters)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if any(self._parameters.get(name) is not parameter for name, parameter in before.items()):  # assign=True
             self.group.pack_()
-
-    def _accepts_order(self, table: Any) -> bool:
-        """Whether the values of a table may be loaded; PyTorch refuses another type and shape."""
-        if self.order is None or not isinstance(table, Tensor) or table.shape != self.order.shape or table.is_meta:
-            return True
-        return not table.is_floating_point() and is_order(table, self.rank)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""
@@ -230,19 +248,19 @@ class LowRankLinear(nn.Module):
         """The arguments of the ops."""
         return Factors(self.U, None, self.Vh, self.bias, self.order)
 
-    @property
-    def form(self) -> Form:
-        """``"factored"`` or ``"pivoted"``."""
-        return "factored" if self.order is None else "pivoted"
-
     def set_factors_(self, U: Tensor, Vh: Tensor, order: Tensor | None = None) -> None:
         """Replace the factors, in the dtype and on the device of the old ones; the rank may change.
 
         Args:
             U: (N, R), or (N − R, R) with ``order``.
             Vh: (R, K).
-            order: of pivoted factors, (N,) int32, not checked.
+            order: of pivoted factors, (N,) int32: the rows in Vh, then the others, each ascending.
+
+        Raises:
+            ValueError: if ``order`` is not such an order.
         """
+        if order is not None and (objection := order_objection(order, len(Vh), self.out_features)):
+            raise ValueError(f"{objection}; see LowRankLinear.pivot_")
         self.U = nn.Parameter(U.to(self.U), requires_grad=self.U.requires_grad)
         self.Vh = nn.Parameter(Vh.to(self.Vh), requires_grad=self.Vh.requires_grad)
         self.rank, self.order = len(Vh), None if order is None else order.to(self.U.device)
@@ -316,10 +334,8 @@ def set_backend_(model: nn.Module, backend: str) -> None:
     """
     if backend not in (known := ["auto", *(row.name for row in BACKENDS)]):
         raise ValueError(f"unknown backend {backend!r}; expected one of {', '.join(known)}")
-    from grasp.model.quantized_linear import QuantizedLowRankLinear  # imports this module
-
     for module in model.modules():
-        if isinstance(module, (LowRankLinear, QuantizedLowRankLinear)):
+        if isinstance(module, Pivotable):
             module.backend = backend
 
 

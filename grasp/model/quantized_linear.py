@@ -14,10 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from grasp.errors import UnsupportedModelError
-from grasp.method.ranks import Form
 from grasp.method.storage import OUTPUTS, Storage
 from grasp.model.dense import DenseLinear, dense_shape
-from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.lowrank_linear import LowRankLinear, Pivotable
 from grasp_kernels import Factors, lowrank_linear
 from grasp_kernels.dispatch import CPU_ROWS_QUANTIZED
 from grasp_kernels.quantized import dequantize
@@ -69,7 +68,7 @@ class _Quantized(nn.Module):
         return super()._apply(keep, recurse)
 
 
-class QuantizedLowRankLinear(_Quantized):
+class QuantizedLowRankLinear(_Quantized, Pivotable):
     """A ``LowRankLinear`` whose factors are quantised.
 
     The parameters are U and Vh, with ``U_scales`` and ``Vh_scales``, and bias (N,) or ``None``. Gradients flow to the
@@ -86,12 +85,8 @@ class QuantizedLowRankLinear(_Quantized):
         torch.Size([2, 8])
     """
 
-    U: nn.Parameter
     U_scales: nn.Parameter
-    Vh: nn.Parameter
     Vh_scales: nn.Parameter
-    bias: nn.Parameter | None
-    order: Tensor | None
 
     def __init__(self, layer: LowRankLinear, storage: Storage, device: torch.device | str | None = None) -> None:
         super().__init__(storage)
@@ -103,11 +98,6 @@ class QuantizedLowRankLinear(_Quantized):
         self.register_parameter("bias", bias)
         order = None if layer.order is None else torch.arange(self.out_features, dtype=torch.int32, device=device)
         self.register_buffer("order", order)
-
-    @property
-    def form(self) -> Form:
-        """``"factored"`` or ``"pivoted"``."""
-        return "factored" if self.order is None else "pivoted"
 
     @property
     def factors(self) -> Factors:

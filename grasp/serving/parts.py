@@ -19,7 +19,7 @@ from torch import Tensor
 from grasp.errors import CheckpointError, UnsupportedModelError
 from grasp.method.pivoting import factored, in_order
 from grasp.method.storage import Storage
-from grasp.model.lowrank_linear import is_order
+from grasp.model.lowrank_linear import order_objection
 from grasp.model.quantized_linear import VALUES
 from grasp.serving.shards import LocalLinear, Piece, local_columns, local_rows
 from grasp_kernels.quantized import GROUPS, pack_int4, unpack_int4
@@ -128,11 +128,10 @@ class Part:
         if name not in self.stored:
             raise CheckpointError(f"the checkpoint has {self._objection(name)}; save the model again")
         check_tensor(f"{self.linear.name}.{name}", tensor, self.stored[name])
-        if name == "order" and not is_order(tensor, self.linear.rank or 0):
+        if name == "order" and (objection := order_objection(tensor, self.linear.rank or 0, len(tensor))):
             raise CheckpointError(
-                f"{self.linear.name}.order is not the order of pivoted factors: {self.linear.rank} distinct rows of "
-                f"0..{len(tensor) - 1}, ascending, then the others; the file is damaged, or the server reorders the "
-                "rows of this architecture: convert the checkpoint with `grasp convert --to factored`"
+                f"{self.linear.name}.{objection}; the file is damaged, or the server reorders the rows of this "
+                "architecture: convert the checkpoint with `grasp convert --to factored`"
             )
 
     def _objection(self, name: str) -> str:

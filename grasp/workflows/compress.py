@@ -26,7 +26,7 @@ from grasp.checkpoint.compression_report import (
 )
 from grasp.checkpoint.fingerprint import request_fingerprint
 from grasp.checkpoint.run_state import RunState
-from grasp.checkpoint.saving import LICENSES, check_directory, read_texts, save_checkpoint
+from grasp.checkpoint.saving import LICENSES, check_directory, has_finished, read_texts, save_checkpoint
 from grasp.compress import compress_
 from grasp.compression.batch_size import fitting_batch_size
 from grasp.compression.device_speed import Rates, card_rates, decomposition_notice, measure_rates
@@ -120,14 +120,15 @@ def compress(
     """
     target = Path(os.path.realpath(expanded(output)))
     state = RunState(f"{target}.partial", notify=notify, rank=processes.rank, processes=processes.size)
-    if not state.has_written(target):
+    finished = has_finished(target, FILE_NAME, config.to_dict())  # and then killed, or asked for again
+    if not finished:
         check_directory(output)
     text = read_for(samples, notify)
     check_costs(config, costs, processes)
     require_floating(load_config(name)[0])
     licences = read_texts(expanded(name), LICENSES) if name != BUILTIN else {}
     with state:
-        is_written = processes.least(state.has_written(target))
+        finished = bool(processes.least(finished))
         if processes.first:
             remove_abandoned(target)  # all processes have checked the folder, which makes a temporary of the same name
         with within_memory(samples.batch_size, samples.seq_len):
@@ -153,9 +154,12 @@ def compress(
             table = None
             if config.target_latency is not None:
                 table = costs_for(model, costs, config.form, config.storages, measured=state.costs, progress=progress)
-            if is_written:
+            if finished:
                 state.require_same(request_fingerprint(model, batches, held_out, config, table))
-                return Compression(name, str(target), samples, CompressionReport.load(target))
+                report = CompressionReport.load(target)
+                if report.run != state.run:
+                    check_directory(output)
+                return Compression(name, str(target), samples, report)
             _prepare(job, int(samples.batch_size), state, memory, host_memory, expect)
             before = losses_by_kind(model, kinds, progress=progress, processes=processes)
             report = compress_(
@@ -171,12 +175,12 @@ def compress(
             after = losses_by_kind(model, kinds, progress=progress, processes=processes)
             report = replace(report, kind_losses=finite_pairs(before, after, notify))
             report = with_request(report, name, samples, costs=costs, dtype=dtype, device=device, processes=processes)
+            report = replace(report, run=state.run)
             if (notice := worse_than_removal(report)) is not None:
                 notify(notice)
         if processes.sharded:
             collect_(model, processes)
         if processes.first:
-            state.record_output(FILE_NAME, report.to_json())
             write_checkpoint(model, tokenizer, target, name, samples, report, extra_files=licences, progress=progress)
     return Compression(name, str(target), samples, report)
 

@@ -121,7 +121,7 @@ def convert_(
 def with_forms(report: CompressionReport, model: PreTrainedModel) -> CompressionReport:
     """A report with the forms and sizes that the replaced linears of a model have now, and the size of the model."""
     modules = stored_reports(report.modules, model, len(report.block_influence), report.removed_layers)
-    return replace(report, modules=modules, after=model_size(model))
+    return replace(report, modules=modules, after=model_size(model), run="")
 
 
 def _omitted(directory: Path, target: Path) -> tuple[str, ...]:

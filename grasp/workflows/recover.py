@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from grasp.checkpoint.card import model_card, with_section, without_figure, with
 from grasp.checkpoint.compression_report import kinds_text
 from grasp.checkpoint.recovery_report import RecoveryReport
 from grasp.checkpoint.recovery_state import RecoveryState
-from grasp.checkpoint.saving import LICENSES, check_directory, read_texts, save_checkpoint
+from grasp.checkpoint.saving import LICENSES, check_directory, has_finished, read_texts, save_checkpoint
 from grasp.errors import CheckpointError
 from grasp.files import expanded, remove_abandoned, require_space
 from grasp.loading import load_quietly
@@ -117,10 +117,11 @@ def recover(
     texts = read_texts(directory, (compression_report.FILE_NAME, "README.md", *LICENSES))
     target = Path(os.path.realpath(expanded(output)))
     state = RecoveryState(f"{target}.partial", notify=notify, rank=processes.rank, processes=processes.size)
-    if not state.has_written(target):
+    finished = has_finished(target, recovery_report.FILE_NAME, asdict(config))  # and then killed, or asked for again
+    if not finished:
         check_directory(output)
     with state:
-        is_written = processes.least(state.has_written(target))
+        finished = bool(processes.least(finished))
         if processes.first:
             remove_abandoned(target)  # all processes have checked the folder, which makes a temporary of the same name
         with within_memory(config.micro_batch_size, data.seq_len):
@@ -134,9 +135,12 @@ def recover(
                 require_known(model, sequence.input_ids)
             kinds = batches_by_kind(model, tokenizer, data.seq_len, notify)
             require_space(target, model.get_memory_footprint())
-            if is_written:
+            if finished:
                 state.require_same(recovery_fingerprint(model, sequences, held_out, config, dense))
-                return Recovery(str(directory), str(target), RecoveryReport.load(target))
+                report = RecoveryReport.load(target)
+                if report.run != state.run:
+                    check_directory(output)
+                return Recovery(str(directory), str(target), report)
             before = losses_by_kind(model, kinds, progress=progress, processes=processes)
             report = recover_(
                 *(model, sequences, held_out, config),
@@ -147,9 +151,8 @@ def recover(
                 processes=processes,
             )
             after = losses_by_kind(model, kinds, progress=progress, processes=processes)
-            report = replace(report, kind_losses=finite_pairs(before, after, notify))
+            report = replace(report, kind_losses=finite_pairs(before, after, notify), run=state.run)
         if processes.first:
-            state.record_output(recovery_report.FILE_NAME, report.to_json())
             card = without_figure(texts.pop("README.md", "") or model_card(model, base_model=None))
             with one_step(progress, "saving"):
                 save_checkpoint(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -30,7 +31,7 @@ def check_factors(
 ) -> None:
     """Check that the factors apply to ``x``. A valid call passes one test of 2 µs; the others find what is wrong.
 
-    The entries of ``order`` are not read.
+    The entries of ``order`` are not read; see ``check_order``.
 
     Raises:
         TypeError: if an argument is not a tensor.
@@ -188,6 +189,36 @@ def check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
     bounds = _bounds_on_gpu(cu_seqlens) if cu_seqlens.is_cuda else cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds):
         raise ValueError(f"cu_seqlens must rise from 0 to the {tokens} tokens, got {bounds}")
+
+
+def check_order(order: Tensor) -> None:
+    """Check the entries of an ``order``; not while a CUDA graph is captured, because that would synchronize.
+
+    They are read once per tensor and version, not in every call; see ``PerVersion``.
+
+    Raises:
+        ValueError: if they are no permutation of ``range(N)``.
+    """
+    if order.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    if (objection := _order_objection(order)) is not None:
+        raise ValueError(objection)
+
+
+def _objection(order: Tensor) -> str | None:
+    size = len(order)
+    if torch.equal(order.sort().values, torch.arange(size, dtype=order.dtype, device=order.device)):
+        return None
+    places = order.sort().values.tolist()
+    outside = [place for place in (places[0], places[-1]) if not 0 <= place < size]
+    got = str(outside[0]) if outside else f"{next(a for a, b in pairwise(places) if a == b)} twice"
+    return (
+        f"order must have each of 0..{size - 1} once, the outputs of the rows of Vh and then of those of U; got {got}. "
+        "Outputs that it lacks would not be written"
+    )
+
+
+_order_objection: PerVersion[str | None] = PerVersion(_objection, uncounted=True)
 
 
 def _check_optional(**tensors: object) -> None:

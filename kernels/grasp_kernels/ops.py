@@ -68,7 +68,8 @@ def lowrank_linear(
         s: singular values, (R,), fp32 or the dtype of ``x``, or ``None`` if they are folded into the factors.
         Vh: right factor, (R, K), dtype of ``x``.
         bias: (N,), dtype of ``x``, or ``None``.
-        order: (N,) int32, a permutation of ``range(N)``, which is not checked; or ``None``.
+        order: (N,) int32, a permutation of ``range(N)``, or ``None``. Its values are read in each call of the CPU
+            kernels, else once, and again after a change in place; not while a CUDA graph is captured.
         U_scales: if U is quantised, its scales, (rows of U, groups); see ``Factors``.
         Vh_scales: if Vh is quantised, its scales, (R, groups).
         backend: a name from ``available_backends()``, or ``"auto"`` for the first that accepts the call.
@@ -78,7 +79,8 @@ def lowrank_linear(
 
     Raises:
         TypeError: if an argument has another type, such as an array instead of a tensor.
-        ValueError: if a tensor is not dense, or shapes, dtypes or devices do not agree; the message has both.
+        ValueError: if a tensor is not dense, shapes, dtypes or devices do not agree, or ``order`` is no permutation;
+            the message has what was got and what was expected.
         BackendUnavailableError: if a named backend cannot run this call; the message has its reason.
 
     Example:
@@ -117,7 +119,8 @@ def lowrank_linear_grouped(x: Tensor, factors: Sequence[Factors], *, backend: st
 
     Raises:
         TypeError: if an argument has another type.
-        ValueError: if ``factors`` is empty, a tensor is not dense, or shapes, dtypes or devices do not agree.
+        ValueError: if ``factors`` is empty, a tensor is not dense, shapes, dtypes or devices do not agree, or an
+            ``order`` is no permutation.
         BackendUnavailableError: if a named backend cannot run this call.
 
     Example:
@@ -149,7 +152,8 @@ def lowrank_linear_merged(x: Tensor, factors: Sequence[Factors | Dense], *, back
 
     Raises:
         TypeError: if an argument has another type.
-        ValueError: if ``factors`` is empty, a tensor is not dense, or shapes, dtypes or devices do not agree.
+        ValueError: if ``factors`` is empty, a tensor is not dense, shapes, dtypes or devices do not agree, or an
+            ``order`` is no permutation.
         BackendUnavailableError: if a named backend cannot run this call.
 
     Example:
@@ -179,7 +183,8 @@ def lowrank_glu(x: Tensor, gate: Factors, up: Factors, *, activation: str = "sil
 
     Raises:
         TypeError: if an argument has another type.
-        ValueError: if the activation is unknown, a tensor is not dense, or shapes, dtypes or devices do not agree.
+        ValueError: if the activation is unknown, a tensor is not dense, shapes, dtypes or devices do not agree, or an
+            ``order`` is no permutation.
         BackendUnavailableError: if a named backend cannot run this call.
 
     Example:
@@ -275,6 +280,8 @@ def _run_group(op: str, x: Tensor, members: Sequence[Factors | Dense], backend: 
         check_member(x, member)
     if _is_plain(x, *itertools.chain(*members)):
         return getattr(registered, op)(x, members, backend)
+    if not torch.compiler.is_compiling() and any(map(_is_batched, (x, *itertools.chain(*members)))):
+        raise NotImplementedError(f"torch.func.vmap of {op} is not supported; x takes any number of leading dimensions")
     rows = [Factors(m.weight, None, None, m.bias) if isinstance(m, Dense) else m for m in members]  # type: ignore[arg-type]
     columns = [[tensor for tensor in column if tensor is not None] for column in zip(*rows, strict=True)]
     present = [tensor is not None for row in rows for tensor in row]
@@ -331,7 +338,10 @@ def _is_plain(*tensors: Tensor | None) -> bool:
         for tensor in tensors:
             if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
                 raise NotImplementedError("the low-rank ops have no forward-mode derivative; use reverse mode")
-    if torch.compiler.is_compiling() or any(watcher() for watcher in WATCHERS) or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling():
+        return False
+    if any(watcher() for watcher in WATCHERS) or forward_ad._current_level >= 0:
+        _refuse_func_grad(tensors)
         return False
     recording = torch.is_grad_enabled()
     for tensor in tensors:
@@ -340,3 +350,22 @@ def _is_plain(*tensors: Tensor | None) -> bool:
         ):
             return False
     return True
+
+
+def _refuse_func_grad(tensors: Sequence[Tensor | None]) -> None:
+    """Raise if ``torch.func`` takes a gradient in one of the tensors; PyTorch's message would be of its internals."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    if all(interpreter.key() != torch._C._functorch.TransformType.Grad for interpreter in stack):
+        return
+    for tensor in tensors:
+        while tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            if tensor.requires_grad and torch.is_grad_enabled():
+                raise NotImplementedError(
+                    "torch.func takes no gradients of the low-rank ops; use torch.autograd.grad, "
+                    "torch.autograd.functional.jacobian or hessian"
+                )
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+
+
+def _is_batched(tensor: Tensor | None) -> bool:
+    return tensor is not None and torch._C._functorch.is_batchedtensor(tensor)

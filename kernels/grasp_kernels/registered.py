@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import direct, gradients
 from ._ops import add_op_namespace_prefix
-from .checks import check_bounds, check_factors, check_glu, check_member, check_singular_value_grad
+from .checks import check_bounds, check_factors, check_glu, check_member, check_order, check_singular_value_grad
 from .dispatch import check_backend, select
 from .gradients import FIELDS
 from .packing import widened
@@ -51,7 +51,10 @@ _FLOATING: frozenset[str] = frozenset()
 def _select(backend: str, op: str, x: Tensor, *factors: Factors) -> Callable[..., Any]:
     rank, pivoted, weights = 0, False, _FLOATING  # a loop: generators take longer
     for group in factors:
-        rank, pivoted = max(rank, group.Vh.shape[0]), pivoted or group.order is not None
+        rank = max(rank, group.Vh.shape[0])
+        if group.order is not None:
+            pivoted = True
+            check_order(group.order)
         if group.U_scales is not None or group.Vh_scales is not None:
             weights |= group.kinds
     run = select(backend, op, x.device, x.dtype, x.numel() // x.shape[-1], rank, pivoted, weights)

@@ -6,6 +6,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -103,7 +105,7 @@ def test_a_server_that_runs_already_is_timed_and_goes_on(save: Callable[..., Pat
     url = f"http://localhost:{port}"
     with Process([*COMMAND, *arguments], tmp_path / "log", offline=True) as process:
         start(process, "running", url, limit=60)
-        request = ServeRequest([f"{url}/v1/"], (1,), 1, prompt_tokens=8, new_tokens=4, rounds=1)
+        request = ServeRequest([f"{url}/v1/"], (1,), 1, prompt_tokens=8, new_tokens=4, rounds=1, tokenizer=str(folder))
         (result,) = [line for records in run(request) for line in records]
         assert isinstance(result, ServeResult)
         assert (result.model, result.provider, result.dtype) == ("running", "running", None)
@@ -177,7 +179,8 @@ def test_what_cannot_be_served_is_refused_before_a_server_starts(
         (folder, twin, *SIZES): "need different names",
         (folder, tmp_path, *SIZES): "has no config.json",
         ("~nobody-of-this-name/model", *SIZES): "~nobody-of-this-name/model",
-        (f"http://127.0.0.1:{free_port()}",): "does not answer",
+        (f"http://127.0.0.1:{free_port()}", "--tokenizer", folder): "does not answer",
+        ("http://127.0.0.1:1",): "tokenizer is missing",
         (folder, "--goodput", "ttft"): "goodput must be metrics and milliseconds",
         (folder, "--goodput", "speed:3"): "unknown metric 'speed'",
         (folder, "--new-tokens", 1): "--new-tokens must be at least 2",
@@ -198,3 +201,38 @@ def test_without_vllm_or_its_client_the_error_has_the_remedy(tmp_path: Path, mon
     (tmp_path / "vllm" / "__init__.py").touch()
     with pytest.raises(MissingPackageError, match=r"no benchmarks/serve\.py; pip install --upgrade vllm"):
         list(run(request))
+
+
+class Hostile(BaseHTTPRequestHandler):
+    """Redirects, and answers without end, at once or slowly."""
+
+    def do_GET(self) -> None:
+        if self.path == "/redirect":
+            self.send_response(302)
+            self.send_header("Location", "/models")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.end_headers()
+        with suppress(OSError):
+            while True:
+                self.wfile.write(b" " * (1 << 20) if self.path == "/large" else b" ")
+                time.sleep(0 if self.path == "/large" else 0.05)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_answers_of_a_hostile_server_have_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "ANSWER_SECONDS", 1)
+    monkeypatch.setattr(servers, "LIMIT", 10**7)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hostile) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for path, message in {
+            "/redirect": "answers HTTP 302",
+            "/large": "its answer has more than 10.0 MB",
+            "/slow": "its answer takes more than 1 s",
+        }.items():
+            with pytest.raises(ServerError, match=message):
+                servers.fetch(f"http://127.0.0.1:{server.server_port}{path}")
+        server.shutdown()

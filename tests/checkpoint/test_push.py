@@ -250,14 +250,15 @@ def drop_tokenizer(folder: Path) -> None:
         ],
         (lambda folder: write(folder / "additional_chat_templates/tool.py"), "tool.py is no part of a checkpoint"),
         *[
-            (lambda folder, name=name: link(folder / name), f"{name} is a link or no file")
+            (lambda folder, name=name: link(folder / name), f"{name} is a link that leads out")
             for name in ("config.json", "LICENSE")
         ],
-        (lambda folder: link(next(folder.glob("model-00001-*"))), "which is not in its folder"),
+        (lambda folder: link(next(folder.glob("model-00001-*"))), "is a link that leads out"),
         (
             lambda folder: (folder / "additional_chat_templates").symlink_to(folder.parent),
-            "additional_chat_templates is no part of a checkpoint",
+            "additional_chat_templates is a link that leads out",
         ),
+        (lambda folder: (folder / "LICENSE").symlink_to("README.md"), "LICENSE is a link or no file"),
         (lambda folder: os.mkfifo(folder / "NOTICE"), "NOTICE is a link or no file"),
         (lambda folder: shutil.rmtree(folder), "no folder"),
     ],

@@ -234,7 +234,7 @@ def test_a_folder_of_an_earlier_format_is_refused_with_the_reason(folder: Path) 
     path = folder / "state.json"
     state = json.loads(path.read_text())
     state["identity"]["format"] = 2
-    del state["sha256"], state["files"], state["output"], state["decision"], state["identity"]["costs"]
+    del state["sha256"], state["files"], state["decision"], state["identity"]["costs"]
     (folder / "costs.json").write_text("{}")
     path.write_text(json.dumps(state))
     with pytest.raises(ResumeError, match="format is 12, expected 2"):

@@ -19,7 +19,6 @@ FILES = [
     ("bench", "ops", "--model", "missing-model"),
     ("bench", "model", "missing-model"),
     ("bench", "serve", "missing-model"),
-    ("bench", "compress", "missing-model"),
     ("bench", "costs", "missing-model"),
     ("report", "missing-folder"),
 ]

@@ -31,7 +31,7 @@ def test_help_names_every_command_and_shows_examples() -> None:
         assert f"$ grasp {command}" in shown.output
 
 
-@pytest.mark.parametrize("command", ["ops", "model", "compress", "tune"])
+@pytest.mark.parametrize("command", ["ops", "model", "tune"])
 def test_help_of_the_benchmarks_shows_examples(command: str) -> None:
     runner = CliRunner()
     assert re.search(rf"│ {command} ", runner.invoke(cli.app, ["bench", "--help"]).output)

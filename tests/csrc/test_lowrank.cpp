@@ -354,12 +354,13 @@ bool check_refusals() {
     no_U.U = nullptr;
     short_row.Vh_stride = 7;
     no_rank.R = 0;
-    const int32_t order[] = {3, 1, 2, 0}, negative[] = {3, 1, -1, 0}, large[] = {3, 1, 2, 4};
+    const int32_t order[] = {3, 1, 2, 0}, negative[] = {3, 1, -1, 0}, large[] = {3, 1, 2, 4}, twice[] = {3, 1, 2, 3};
     grasp_factors pivoted = group;  // the first 2 of the 4 rows of U
     pivoted.order = order;
-    grasp_factors below = pivoted, above = pivoted, too_many = pivoted, scaled = pivoted;
+    grasp_factors below = pivoted, above = pivoted, too_many = pivoted, scaled = pivoted, repeated = pivoted;
     below.order = negative;
     above.order = large;
+    repeated.order = twice;
     too_many.R = too_many.U_stride = 5;
     scaled.s = layer.s.data;
     grasp_factors eight_bits = group;  // reads the first bytes of U as values, and bias as scales
@@ -383,8 +384,8 @@ bool check_refusals() {
     good = good && grasp_cpu_lowrank_linear(&input, &pivoted, 1, &options) == GRASP_OK;
     good = good && grasp_cpu_lowrank_glu(&input, &pivoted, &pivoted, 0, &options) == GRASP_BAD_ARGUMENT;
     good = good && grasp_cpu_lowrank_linear(&input, &eight_bits, 1, &options) == GRASP_OK;
-    for (const grasp_factors *factors : {&no_U, &short_row, &no_rank, &below, &above, &too_many, &scaled, &six_bits,
-                                         &no_scales, &sixteen, &short_bytes, &half_scales, &scaled_twice}) {
+    for (const grasp_factors *factors : {&no_U, &short_row, &no_rank, &below, &above, &repeated, &too_many, &scaled,
+                                         &six_bits, &no_scales, &sixteen, &short_bytes, &half_scales, &scaled_twice}) {
         good = good && grasp_cpu_lowrank_linear(&input, factors, 1, &options) == GRASP_BAD_ARGUMENT;
     }
     good = good && grasp_cpu_lowrank_linear(&bad_dtype, &group, 1, &options) == GRASP_BAD_ARGUMENT;

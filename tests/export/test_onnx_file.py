@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import ast
+import resource
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ from grasp.errors import UnsupportedModelError
 from grasp.export.onnx_file import export_onnx
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.targets import layer_targets
-from tests.command_line import grasp
+from tests.command_line import environment, grasp
 from tests.documents import blocks, commands, read, run_python
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
@@ -28,7 +31,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("onnx")
-    model = tiny_model("mistral", vocab_size=len(byte_tokenizer()), num_hidden_layers=1)
+    model = tiny_model("mistral", vocab_size=4096, num_hidden_layers=1)  # the weights are larger than the graph
     for rank, target in enumerate(layer_targets(model, 0)[0], start=5):
         model.set_submodule(target.name, LowRankLinear.from_dense(target.module, torch.arange(rank)))
     assert model.get_submodule("model.layers.0.mlp.up_proj").pivot_() is None
@@ -38,6 +41,23 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert run.returncode == 0, run.stderr
     assert "7 low-rank linears are two MatMuls each" in run.stdout
     return folder
+
+
+@pytest.mark.slow
+def test_a_graph_whose_weights_are_cut_short_is_not_left(exported: Path) -> None:
+    limit = (exported / "small-onnx/model.onnx.data").stat().st_size - 1
+    words = [sys.executable, "-m", "grasp", "convert", "small", "-o", "cut", "--to", "onnx"]
+    run = subprocess.run(
+        words,
+        cwd=exported,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert f"model.onnx.data has {limit} of {limit + 1} bytes" in run.stderr
+    assert not [path for path in exported.iterdir() if "cut" in path.name]
 
 
 @pytest.mark.slow

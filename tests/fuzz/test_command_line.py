@@ -69,7 +69,6 @@ STUBBED = {
     "grasp.workflows.demo": "run_demo",
     "grasp.bench.ops": "run",
     "grasp.bench.model": "run",
-    "grasp.bench.compress": "run",
     "grasp.bench.tuning": "tune",
     "grasp.loading": "load_quietly",
     "grasp.checkpoint.push": "push",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,38 @@ def test_a_loaded_model_saves_the_same_files_again(saved: Path, tmp_path: Path) 
     AutoModelForCausalLM.from_pretrained(saved).save_pretrained(again)
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         assert (again / name).read_bytes() == (saved / name).read_bytes()
+
+
+def test_only_a_compressed_model_is_saved_with_the_remedy(saved: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    assert not hasattr(model.config, "transformers_weights")
+    copy.deepcopy(model).save_pretrained(tmp_path / "copy", max_shard_size="40KB")
+    model.dequantize().save_pretrained(tmp_path / "dense")
+    remedies = [
+        json.loads((folder / "config.json").read_text()).get("transformers_weights")
+        for folder in (saved, tmp_path / "copy", tmp_path / "dense")
+    ]
+    assert remedies == [hf_quantizer.NEEDS_GRASP, hf_quantizer.NEEDS_GRASP, None]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+    assert_same_state(again, AutoModelForCausalLM.from_pretrained(saved))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_the_umask_decides_who_reads_the_weights(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        compressed_model("llama").save_pretrained(tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {0o666 & ~umask}
+
+
+def test_a_refused_save_leaves_the_configuration_as_it_was(tmp_path: Path) -> None:
+    model = compressed_model("llama")
+    (tmp_path / "model/config.json").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        model.save_pretrained(tmp_path / "model")
+    assert "save_pretrained" not in vars(model.config)
 
 
 def test_a_loaded_model_carries_the_marks_of_a_compressed_one(saved: Path) -> None:

@@ -5,10 +5,12 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from grasp.method.storage import Storage
 from grasp.model.grouping import group_linears_
-from grasp.model.lowrank_linear import LowRankLinear, is_order
+from grasp.model.lowrank_linear import LowRankLinear
+from grasp.model.quantized_linear import QuantizedLowRankLinear
 from grasp_kernels import lowrank_linear_grouped
 from grasp_kernels.packing import widened
 from tests.lowrank_models import Attention
@@ -20,6 +22,12 @@ def low_rank(k: int = 24, n: int = 16, rank: int = 5, bias: bool = True) -> LowR
     torch.manual_seed(k + n + rank)
     layer = LowRankLinear(k, n, rank, bias=bias, dtype=torch.float64)
     return layer if layer.bias is None else layer.requires_grad_(True)
+
+
+def ascends(order: Tensor, rank: int) -> bool:
+    """Whether an order has each row once: the first ones ascending, then the others."""
+    pivots, others = order.tolist()[:rank], order.tolist()[rank:]
+    return [sorted(pivots), sorted(others)] == [pivots, others] and sorted(pivots + others) == list(range(len(order)))
 
 
 @pytest.mark.parametrize(("k", "n", "rank"), SHAPES)
@@ -35,7 +43,7 @@ def test_pivoting_keeps_the_output_and_saves_the_square_of_the_rank(k: int, n: i
     torch.testing.assert_close(layer.dense_weight(), weight, rtol=0, atol=1e-12)
     assert layer.order is not None
     pivots = layer.order[:rank].tolist()
-    assert is_order(layer.order, rank)
+    assert ascends(layer.order, rank)
     assert torch.equal(layer.Vh, layer.dense_weight()[pivots])
     table = layer.order
     assert layer.pivot_() is None
@@ -76,7 +84,7 @@ def test_a_layer_whose_rounding_errors_would_grow_is_not_pivoted() -> None:
 def test_a_random_pivoted_layer_is_one_of_random_rows() -> None:
     layer = LowRankLinear(256, 256, 64, pivoted=True)
     assert layer.order is not None
-    assert is_order(layer.order, 64)
+    assert ascends(layer.order, 64)
     weight = layer.dense_weight()
     assert weight.std().item() == pytest.approx(nn.Linear(256, 256).weight.std().item(), rel=0.1)
 
@@ -99,6 +107,7 @@ def test_moves_copies_and_reloads() -> None:
     assert halved(x.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize(
     "edit",
     [
@@ -107,18 +116,34 @@ def test_moves_copies_and_reloads() -> None:
         lambda table: table.copy_(table.flip(0)),
         lambda table: table.index_fill_(0, torch.tensor([1]), int(table[0])),
         lambda table: table.copy_(table.roll(1)),
+        lambda table: table.zero_(),
     ],
-    ids=["too high", "negative", "descending", "twice", "rolled"],
+    ids=["too high", "negative", "descending", "twice", "rolled", "zeros"],
 )
-def test_a_table_that_is_no_order_is_refused_and_not_loaded(edit) -> None:  # type: ignore[no-untyped-def]
-    layer = low_rank()
+def test_a_table_that_is_no_order_is_refused_and_not_loaded(edit, quantised: bool) -> None:  # type: ignore[no-untyped-def]
+    layer: LowRankLinear | QuantizedLowRankLinear = low_rank()
+    assert isinstance(layer, LowRankLinear)
     layer.pivot_()
+    if quantised:
+        layer = QuantizedLowRankLinear(layer, Storage(8))
     model, state = nn.ModuleDict({"q_proj": layer}), copy.deepcopy(layer.state_dict())
     edit(state["order"])
-    with pytest.raises(RuntimeError, match=r"q_proj\.order is not the order of pivoted factors of rank 5"):
+    with pytest.raises(RuntimeError, match=r"q_proj\.order is not the order of pivoted factors: 5 distinct rows"):
         model.load_state_dict({f"q_proj.{name}": tensor for name, tensor in state.items()})
     assert layer.order is not None
-    assert is_order(layer.order, 5)
+    assert ascends(layer.order, 5)
+
+
+def test_factors_with_a_table_that_is_no_order_are_refused() -> None:
+    layer, factors = low_rank(), low_rank()
+    layer.pivot_()
+    assert layer.order is not None
+    twice = layer.order.clone()
+    twice[1] = twice[0]
+    for order in (twice, layer.order - 1, layer.order.long(), layer.order[1:]):
+        with pytest.raises(ValueError, match=r"order is not the order of pivoted factors: 5 distinct rows of 0\.\.15"):
+            factors.set_factors_(layer.U.detach(), layer.Vh.detach(), order)
+    assert (factors.form, factors.U.shape) == ("factored", (16, 5))
 
 
 def test_gradients_are_those_of_the_weight() -> None:

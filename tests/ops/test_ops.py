@@ -377,6 +377,34 @@ def test_forward_mode_is_refused_rather_than_wrong() -> None:
         torch.func.jvp(lambda x: lowrank_linear(x, U, None, Vh), (x,), (torch.ones_like(x),))
 
 
+@pytest.mark.parametrize("op", CALLS)
+def test_gradients_of_torch_func_are_refused_in_plain_words(op: str) -> None:
+    x, gate, up, grad_y = arguments(torch.float64)
+
+    def total(x: Tensor) -> Tensor:
+        outputs = CALLS[op](x, gate, up, grad_y)
+        return sum(output.sum() for output in ([outputs] if isinstance(outputs, Tensor) else outputs))
+
+    func = torch.func
+    for transformed in (
+        func.grad(total),
+        func.jacrev(total),
+        func.hessian(total),
+        lambda x: func.vmap(func.grad(total))(x[None]),
+        func.grad(lambda x: func.vmap(total)(x[None]).sum()),
+    ):
+        with pytest.raises(NotImplementedError, match=r"torch\.func takes no gradients|torch\.func\.vmap of"):
+            transformed(x)
+    assert func.grad(lambda y: total(x) + y.sum())(torch.ones(2)).tolist() == [1, 1]  # none in the op's arguments
+
+
+@pytest.mark.parametrize("op", [lowrank_linear_grouped, lowrank_linear_merged])
+def test_vmap_of_several_linears_is_refused_in_plain_words(op: Callable[..., Any]) -> None:
+    x, gate, up, _ = arguments()
+    with pytest.raises(NotImplementedError, match=rf"torch\.func\.vmap of {op.__name__} is not supported"):
+        torch.func.vmap(lambda x: op(x, [gate, up]))(x)
+
+
 def test_the_gradient_of_singular_values_takes_the_mixed_dtypes_of_autocast() -> None:
     x, grad_y, U, Vh = torch.randn(3, 5), torch.randn(3, 4), torch.randn(4, 2), torch.randn(2, 5)
     expected = singular_value_grad(x, grad_y.bfloat16().float(), U, Vh).first

@@ -94,17 +94,55 @@ def test_pivoted_calls_take_the_direct_path(monkeypatch: pytest.MonkeyPatch) -> 
         assert direct.linear(x, *groups[0]._replace(order=bad), "auto") is None
 
 
-@pytest.mark.parametrize("entry", [-1, N, 2**31 - 1])
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_an_order_out_of_range_writes_nothing(entry: int, backend: str) -> None:
-    if backend_missing(backend) is not None:
-        pytest.skip(str(backend_missing(backend)))
+ENTRIES = {"-1": -1, "16": N, "2147483647": 2**31 - 1, "[0-9]+ twice": None}  # in the message → the last of an order
+OPS: dict[str, Callable[[Tensor, Factors, Factors, str], Any]] = {
+    "linear": lambda x, group, _, backend: lowrank_linear(x, *group, backend=backend),
+    "grouped": lambda x, group, good, backend: lowrank_linear_grouped(x, [good, group], backend=backend),
+    "merged": lambda x, group, good, backend: lowrank_linear_merged(x, [good, group], backend=backend),
+    "gate": lambda x, group, good, backend: lowrank_glu(x, group, good, backend=backend),
+    "up": lambda x, group, good, backend: lowrank_glu(x, good, group, backend=backend),
+    "registered": lambda x, group, _, backend: torch.ops.grasp.lowrank_linear(x, *group, backend),
+    "recorded": lambda x, group, _, backend: lowrank_linear(x.clone().requires_grad_(), *group, backend=backend),
+}
+
+
+def with_last(group: Factors, entry: int | None) -> Factors:
+    """The group with another last entry in its order, or with its first entry there too."""
+    assert group.order is not None
+    order = group.order.clone()
+    order[-1] = order[0] if entry is None else entry
+    return group._replace(order=order)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("got", ENTRIES)
+@pytest.mark.parametrize("backend", ["auto", "cpu", "triton", "reference"])
+def test_an_order_that_is_no_permutation_is_refused(backend: str, got: str, op: str) -> None:
+    if backend != "auto" and (missing := backend_missing(backend)) is not None:
+        pytest.skip(missing)
+    good = pivoted(N, K, R, seeded(), dtype=torch.float32)
+    for rows in (1, 40):
+        with pytest.raises(ValueError, match=rf"order must have each of 0\.\.15 once.* got {got}\. "):
+            OPS[op](torch.ones(rows, K), with_last(good, ENTRIES[got]), good, backend)
+
+
+def test_a_compiled_call_refuses_it_too() -> None:
+    good = pivoted(N, K, R, seeded(), dtype=torch.float32)
+    compiled = torch.compile(lambda x, *group: lowrank_linear(x, *group), backend="aot_eager", fullgraph=True)
+    assert compiled(torch.ones(3, K), *good).shape == (3, N)
+    with pytest.raises(ValueError, match="order must have each"):
+        compiled(torch.ones(3, K), *with_last(good, None))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_an_order_is_read_again_after_a_change_in_place(backend: str) -> None:
     group = pivoted(N, K, R, seeded(), dtype=torch.float32)
     assert group.order is not None
-    group.order[-1] = entry
-    for rows in (1, 40):
-        with pytest.raises(ValueError if backend == "cpu" else (IndexError, RuntimeError)):
-            lowrank_linear(torch.ones(rows, K), *group, backend=backend)
+    assert lowrank_linear(torch.ones(1, K), *group, backend=backend).shape == (1, N)
+    with torch.no_grad():
+        group.order[2] = group.order[3]
+    with pytest.raises(ValueError, match="twice"):
+        lowrank_linear(torch.ones(1, K), *group, backend=backend)
 
 
 def test_auto_takes_the_cpu_kernels_for_any_number_of_rows() -> None:

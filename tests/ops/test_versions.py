@@ -29,6 +29,16 @@ def test_tensors_of_inference_mode_count_no_changes_so_nothing_is_kept() -> None
         assert total(tensor) == 7.0
 
 
+def test_a_value_of_such_a_tensor_is_kept_on_request() -> None:
+    total = PerVersion(lambda tensor: float(tensor.sum()), uncounted=True)
+    with torch.inference_mode():
+        tensor = torch.ones(3)
+        assert total(tensor) == 3.0
+        tensor[0] = 5
+        assert total(tensor) == 3.0
+        assert total(tensor.clone()) == 7.0
+
+
 def test_a_value_is_freed_with_its_tensor() -> None:
     copies = PerVersion(torch.clone)
     tensor = torch.ones(3)

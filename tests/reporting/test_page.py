@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from grasp import cli
-from grasp.bench.compress_records import CompressResult
 from grasp.bench.recorded import WorkloadResult
 from grasp.bench.records import RECORDS, ModelResult, NotMeasured, OpResult
 from grasp.bench.results import append_results
@@ -86,7 +85,6 @@ def measured(report: CompressionReport) -> list[Record]:
         *(record(OpResult, provider=name, median_us=ms, **shape) for name, ms in (("cpu", 9.5), ("dense", 100.0))),
         record(ServeResult, model="tiny"),
         record(WorkloadResult),
-        record(CompressResult, model="tiny"),
         record(NotMeasured, benchmark="ops", provider="cuda", not_measured="no <GPU> here", model=None),
     ]
 

@@ -35,7 +35,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/version":
             self.answer({"version": "0.0"})
         else:
-            self.answer({"data": [{"id": arguments.served_model_name, "root": str(folder)}]})
+            self.answer({"data": [{"id": arguments.served_model_name, "root": "/not/what/the/client/loads"}]})
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
