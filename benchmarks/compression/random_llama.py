@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from grasp.bench.memory import peak_bytes_above_now
 from grasp.checkpoint.compression_report import CompressionReport
@@ -86,7 +86,7 @@ class RandomLlama:
         The rows and columns of each weight have different norms: the spectrum of a plain random matrix is so flat that
         no rank is better than another.
         """
-        model = LlamaForCausalLM._from_config(self.model_config, dtype=getattr(torch, self.dtype))
+        model = AutoModelForCausalLM.from_config(self.model_config, dtype=getattr(torch, self.dtype))
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

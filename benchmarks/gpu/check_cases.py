@@ -168,7 +168,7 @@ def _eager_providers(case: GpuCase, device: torch.device) -> Providers:
 
 def _compiled_providers(case: GpuCase, device: torch.device) -> Providers:
     """Backends, and the unfused form compiled by ``torch.compile`` with its most thorough tuning."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
     def compile_one(op: str) -> Run:
         return torch.compile(OPS[op].unfused, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")

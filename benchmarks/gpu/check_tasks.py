@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from triton.runtime.errors import OutOfResources
+from triton import OutOfResources
 
 from benchmarks.gpu.check_cases import (
     DENSE,

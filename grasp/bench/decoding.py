@@ -11,8 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D, PreTrainedModel
 
 from grasp.bench.memory import peak_bytes_above_now
 from grasp.bench.percentiles import Percentiles

@@ -109,7 +109,7 @@ def run(request: ModelRequest, *, progress: Progress = no_progress) -> Iterator[
         raise ValueError(f"a compressed checkpoint has its own layers and ranks; leave out {' and '.join(given)}")
     text = read_pieces(request.text, split="evaluation") if request.windows else None
     first, *others = request.threads or (None,)
-    with torch._dynamo.config.patch(_VERSIONS):
+    with torch.compiler.config.patch(_VERSIONS):  # type: ignore[attr-defined]  # made when it is imported
         with using_threads(first):
             bench = _prepare(request, text, progress)
         dense = bench.models[DENSE].model

@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D, PreTrainedModel
 
 from grasp.bench.memory import leaving_out
 from grasp.errors import CheckpointError, UnsupportedModelError

@@ -285,7 +285,7 @@ def compiled(op: str, problem: Problem) -> Run:
         ]
         return unfused(Problem(x, groups, [], grad_y))
 
-    torch._dynamo.reset()  # earlier shapes would count towards the limit of recompilations
+    torch.compiler.reset()  # earlier shapes would count towards the limit of recompilations
     mode = "max-autotune-no-cudagraphs" if problem.x.is_cuda else None
     function = torch.compile(flat, fullgraph=True, dynamic=False, mode=mode)
 

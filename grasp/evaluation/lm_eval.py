@@ -122,7 +122,7 @@ def evaluate_tasks(
     """
     request = TaskRequest(tuple(dict.fromkeys(tasks)), source, limit)
     request.check(batch_size)
-    from lm_eval.evaluator import evaluate
+    from lm_eval import evaluate
     from lm_eval.loggers.utils import add_tokenizer_info
 
     start = time.time()
@@ -320,7 +320,7 @@ def _quiet() -> Iterator[None]:
 
 def _conditions(model: PreTrainedModel, limit: int | None, batch_size: int) -> dict[str, Any]:
     """Return the entries of lm-eval's ``config`` that apply."""
-    name = str(model.config._name_or_path)
+    name = str(model.config.name_or_path)
     return {
         "model": "hf",
         "model_args": {"pretrained": Path(name).name if Path(name).exists() else name},

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from grasp.errors import CheckpointError
 from grasp.method.ranks import Shape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from grasp.model.offload import fetched
 

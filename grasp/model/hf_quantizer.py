@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
@@ -16,8 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers import (  # type: ignore[attr-defined]  # documented, not in __all__
+    HfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from grasp.errors import CheckpointError, UnsupportedModelError
@@ -203,8 +207,12 @@ class GraspHfQuantizer(HfQuantizer):
 
 def register() -> None:
     """Add the format to transformers' tables. Idempotent."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, GraspQuantizationConfig)
-    AUTO_QUANTIZER_MAPPING.setdefault(METHOD, GraspHfQuantizer)
+    for add, kind in (
+        (register_quantization_config, GraspQuantizationConfig),
+        (register_quantizer, GraspHfQuantizer),
+    ):
+        with suppress(ValueError):  # it is registered already
+            add(METHOD)(kind)
 
 
 def mark_compressed(model: PreTrainedModel) -> None:
@@ -310,7 +318,7 @@ def _apart(conversions: Sequence[Any], config: GraspQuantizationConfig) -> list[
     They may join q, k and v to one matrix, which factors of different ranks cannot become. What they would have changed
     is stored, and loaded, under the names of the modules, as ``quantization_config`` has them.
     """
-    from transformers.core_model_loading import WeightConverter
+    from transformers import WeightConverter
 
     paths = {*config.ranks, *chain.from_iterable(config.quantized.values())}
     names = [f"{path}.{tensor}" for path in paths for tensor in ("weight", "U", "Vh")]

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D, PreTrainedModel
 
 from grasp.errors import UnsupportedModelError
 from grasp.method.blocks import fp64_device, to_double

@@ -12,8 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from accelerate.utils import OffloadedWeightsLoader, align_module_device, has_offloaded_params, offload_weight
-from accelerate.utils.offload import PrefixedDataset
+from accelerate.utils import (
+    OffloadedWeightsLoader,
+    PrefixedDataset,
+    align_module_device,
+    has_offloaded_params,
+    offload_weight,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -117,7 +122,8 @@ def _stored_beside(weights: Mapping[str, Tensor], module: nn.Module) -> Mapping[
     parameters = {f"{weights.prefix}{name}": value.detach() for name, value in module.named_parameters(recurse=False)}
     folder = loader.save_folder  # None: the weights are read from the checkpoint
     if folder is not None and any(Path(folder, f"{name}.dat").exists() for name in parameters):
-        loader = OffloadedWeightsLoader(index={})
+        outer, loader = loader, OffloadedWeightsLoader(index={})
+        loader.outer = outer  # whose end removes its folder with all that is in it
     if loader.save_folder is None:
         loader.save_folder = tempfile.mkdtemp(prefix="grasp-offload-", dir=folder)
         weakref.finalize(loader, shutil.rmtree, loader.save_folder, ignore_errors=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.compiler import is_exporting
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from grasp.errors import UnsupportedModelError
 from grasp.method.storage import OUTPUTS, Storage

@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D, PreTrainedModel
 
 from grasp.errors import UnsupportedModelError
 from grasp.model.dense import DenseLinear

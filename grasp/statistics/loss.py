@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils.generic import ModelOutput
+from transformers.utils import ModelOutput  # type: ignore[attr-defined]  # documented, not in __all__
 
 from grasp.errors import UnsupportedModelError
 from grasp.model.batch import CalibrationBatch, Tokens

@@ -334,7 +334,7 @@ def write_checkpoint(
     Raises:
         CheckpointError, OccupiedError: as ``save_checkpoint`` does.
     """
-    base_model = str(model.config._name_or_path or name)
+    base_model = str(model.config.name_or_path or name)
     with one_step(progress, "saving"):
         save_checkpoint(
             model,

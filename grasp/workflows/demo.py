@@ -127,7 +127,7 @@ def run_demo(output: str | Path, sizes: DemoSizes | None = None, *, progress: Pr
     models = {DENSE: dense, BEST: best, REMOVED: removed, GRASP: grasp, PLAIN_SVD: truncated}
     rows = _measure(models, tokenizer, sizes, progress)
     conditions = {
-        "model": str(dense.config._name_or_path),
+        "model": str(dense.config.name_or_path),
         "dtype": str(dense.dtype).removeprefix("torch."),
         "device": str(dense.device),
         "text": "builtin: calibration and evaluation split have no document in common",

@@ -159,7 +159,7 @@ def _source(folder: Path) -> Inspection | None:
 
 
 def _new_card(name: str, model: PreTrainedModel) -> str:
-    base_model = str(model.config._name_or_path or name)
+    base_model = str(model.config.name_or_path or name)
     return model_card(model, base_model=base_model, license=read_license(base_model))
 
 

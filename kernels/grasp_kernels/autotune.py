@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+from triton import OutOfResources
 
 from . import gradient_configs
 from .gradient_configs import Measurement, Tile, candidates

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from math import prod
 from typing import Any
 
@@ -12,6 +13,7 @@ from .reference import Factors
 Shape = Any  # in the place of a tensor
 
 
+@functools.cache
 def register_flop_formulas() -> None:
     """Let every ``FlopCounterMode`` that is made from now on count the ops: two FLOPs for each product of two numbers.
 
@@ -29,11 +31,10 @@ def register_flop_formulas() -> None:
         >>> counter.get_total_flops()  # 2 * 2 * 8 * (64 + 32)
         3072
     """
-    from torch.utils.flop_counter import flop_registry, register_flop_formula  # imports Triton, which takes 0.4 s
+    from torch.utils.flop_counter import register_flop_formula  # imports Triton, which takes 0.4 s
 
     for name, formula in _FORMULAS.items():
-        if (op := getattr(ops, name)) not in flop_registry:
-            register_flop_formula(op)(formula)
+        register_flop_formula(getattr(ops, name))(formula)
 
 
 def _lowrank_linear(x: Shape, U: Shape, s: Shape, Vh: Shape, *_: Any, **__: Any) -> int:

@@ -26,7 +26,7 @@ def test_the_same_request_has_the_same_fingerprint_wherever_the_model_was_loaded
     model = tiny_model("llama")
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
-    assert again.config._name_or_path != model.config._name_or_path
+    assert again.config.name_or_path != model.config.name_or_path
     assert differences(fingerprint(again), fingerprint(model)) == ""
 
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoModelForCausalLM, Conv1D, PreTrainedModel
 
 from grasp.checkpoint.compression_report import CompressionReport
 from grasp.compress import compress_

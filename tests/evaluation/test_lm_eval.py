@@ -57,8 +57,8 @@ def by_hand(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
 def by_lm_eval(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str) -> dict[str, Any]:
     """The same documents through lm-eval alone: its definition, with the documents handed over in memory."""
     from datasets import Dataset, DatasetDict
+    from lm_eval import simple_evaluate
     from lm_eval.api.task import ConfigurableTask
-    from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml

@@ -155,7 +155,7 @@ def test_an_mlp_compiles_and_exports_with_one_op_for_gate_and_up(gated_calls: li
     mlp, x = gated_mlp(), torch.randn(3, 24)
     with torch.no_grad():
         expected = mlp(x)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         torch.testing.assert_close(torch.compile(mlp, fullgraph=True, backend="eager")(x), expected)
         program = torch.export.export(mlp, (x,))
         torch.testing.assert_close(program.module()(x), expected)

@@ -12,7 +12,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig
 
 from grasp.compression.quantize import quantize_
 from grasp.errors import CheckpointError
@@ -367,8 +367,9 @@ def test_a_model_quantised_by_another_method_cannot_be_marked() -> None:
 
 def test_registering_again_changes_nothing() -> None:
     register()
-    assert AUTO_QUANTIZER_MAPPING["grasp"] is GraspHfQuantizer
-    assert AUTO_QUANTIZATION_CONFIG_MAPPING["grasp"] is GraspQuantizationConfig
+    config = AutoQuantizationConfig.from_dict({"quant_method": "grasp", "format_version": 1})
+    assert type(config) is GraspQuantizationConfig
+    assert type(AutoHfQuantizer.from_config(config)) is GraspHfQuantizer
 
 
 def joined_model() -> PreTrainedModel:

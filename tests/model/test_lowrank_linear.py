@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from grasp.errors import NonFiniteError
 from grasp.method.svd import decompose, decompose_in

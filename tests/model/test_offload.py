@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import weakref
 from collections.abc import Callable
@@ -140,6 +141,18 @@ def test_mlps_of_an_offloaded_model_lose_channels(
         save_checkpoint(model, tmp_path / "out")
         saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         assert torch.equal(saved(batches[0]).logits, expected(batches[0]).logits)
+
+
+def test_a_module_outlives_the_one_that_it_was_placed_like(tmp_path: Path) -> None:
+    dense = on_disk("llama", tmp_path).get_submodule("model.layers.0.mlp.up_proj")
+    n, k = dense_shape(dense)
+    first, second, x = nn.Linear(k, n), nn.Linear(k, n), torch.randn(2, k)
+    expected = second(x)
+    place_like(first, dense)
+    place_like(second, first)
+    del first
+    gc.collect()
+    assert torch.equal(second(x), expected)
 
 
 def test_layers_of_an_offloaded_model_are_removed(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import cpu_offload
-from accelerate.utils.other import clean_state_dict_for_safetensors
+from accelerate.utils import clean_state_dict_for_safetensors
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
@@ -93,7 +93,7 @@ def test_every_path_reads_the_one_memory_of_the_factors(path: str, grad: bool, m
 
         return run
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     expected, model = plain()(X), attention()
     run = PATHS[path](model)
     monkeypatch.setattr(registered, "select", recorded)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Conv1D
 from transformers.models.falcon.modeling_falcon import FalconLinear
-from transformers.pytorch_utils import Conv1D
 
 from grasp.method.storage import FP8, Storage
 from grasp.model.kernel_linear import KernelLinear

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
 
 from grasp.errors import CheckpointError
@@ -129,7 +128,7 @@ def test_a_layer_whose_factors_are_split_inconsistently_is_refused() -> None:
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
     """Of two processes, of which the other does not exist."""
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    dist.init_process_group("fake", rank=0, world_size=2)
     yield init_device_mesh("cpu", (2,))
     dist.destroy_process_group()
 

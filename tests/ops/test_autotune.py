@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from triton.runtime.errors import OutOfResources
+from triton import OutOfResources
 
 from grasp_kernels import autotune, gradient_configs, launch_configs
 from grasp_kernels.autotune import Workload, tune, workload_key

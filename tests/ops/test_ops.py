@@ -130,19 +130,19 @@ def test_meta_tensors(op: str) -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("op", CALLS)
 def test_compiles_into_one_graph(op: str, dynamic: bool) -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(CALLS[op], fullgraph=True, dynamic=dynamic, backend="aot_eager")
     x, gate, up, grad_y = arguments()
     assert_same(compiled(x, gate, up, grad_y), CALLS[op](x, gate, up, grad_y))
     if dynamic:
-        with torch._dynamo.config.patch(error_on_recompile=True):
+        with torch.compiler.set_stance("fail_on_recompile"):
             longer, grad = torch.cat([x, x], 1), torch.cat([grad_y, grad_y], 1)
             assert_same(compiled(longer, gate, up, grad), CALLS[op](longer, gate, up, grad))
 
 
 @pytest.mark.parametrize("op", CALLS)
 def test_compiled_gradients_are_the_eager_ones(op: str) -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(CALLS[op], fullgraph=True, backend="aot_eager")
     grads = []
     for run in (CALLS[op], compiled):
@@ -158,7 +158,7 @@ def test_compiled_gradients_are_the_eager_ones(op: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_keeps_the_op_opaque() -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     x, gate, _, _ = arguments()
     run = torch.compile(lambda x: lowrank_linear(x * 2, *gate).relu(), fullgraph=True)
     y, (code,) = run_and_get_code(run, x)
@@ -192,7 +192,7 @@ def test_tracers_see_the_registered_op(trace: Callable[..., Any], grad: bool) ->
     assert "grasp.lowrank_linear.default" in {str(node.target) for node in graph.graph.nodes}
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
 def test_torchscript_traces_see_the_registered_op() -> None:
     x, gate, _, _ = arguments()
     assert "grasp::lowrank_linear" in str(torch.jit.trace(lambda x: lowrank_linear(x, *gate), x).graph)
@@ -293,7 +293,7 @@ def test_autocast_takes_singular_values_of_the_other_16_bits(op: str, dtype: tor
 
 
 def test_compiled_calls_follow_autocast() -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     x, gate, up, grad_y = arguments()
     compiled = torch.compile(lambda: CALLS["lowrank_glu"](x, gate, up, grad_y), fullgraph=True, backend="aot_eager")
     for enabled in (False, True, False):

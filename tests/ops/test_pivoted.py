@@ -199,7 +199,7 @@ def plain(op: str, x: Tensor, first: Factors, second: Factors) -> list[Tensor]:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("op", CALLS)
 def test_values_and_gradients_are_those_of_the_formula_and_of_compiled_calls(op: str, compiled: bool) -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     other = torch.compile(CALLS[op], fullgraph=True, backend="aot_eager") if compiled else partial(plain, op)
     results = []
     for run in (CALLS[op], other):

@@ -145,7 +145,7 @@ def test_a_product_with_a_scale_is_rounded_once(values: torch.dtype, dtype: torc
 def test_a_last_group_that_is_shorter_is_compiled_rightly() -> None:
     """Inductor made wrong code for scales that were repeated and cut."""
     values, scales = torch.randint(-127, 128, (4, 90), dtype=torch.int8), torch.rand(4, 3)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(dequantize, fullgraph=True, dynamic=False)
     expected = values * scales.repeat_interleave(32, dim=1)[:, :90]
     assert torch.equal(compiled(values, scales, 90), expected)

@@ -99,7 +99,7 @@ def test_a_wrong_call_is_refused_when_it_is_traced() -> None:
     def wrong(x: Tensor) -> Tensor:
         return torch.ops.grasp.lowrank_linear(x, U, s[:1], Vh, bias, None, None, None, "auto")
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with pytest.raises(Exception, match=r"s must be \(2,\), got \(1,\)"):
         torch.compile(wrong, fullgraph=True, backend="aot_eager")(x)
 

@@ -144,7 +144,7 @@ def compiled(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, list[s
         calls.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
         return graph.forward
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with torch.inference_mode():
         return torch.compile(run, backend=count, fullgraph=True)(x), [
             call for call in calls if "getitem" not in call and "split" not in call

@@ -16,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import typer
-from triton.runtime.errors import OutOfResources
+from triton import OutOfResources
 
 from benchmarks.gpu import check as gpu_check
 from benchmarks.gpu import check_cases, check_model, check_tasks, launch_costs
