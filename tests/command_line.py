@@ -88,6 +88,12 @@ def grasp(*arguments: object, cwd: Path, processes: int = 1, fresh: bool = False
     )
 
 
+def grasp_below(limit: int, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run ``grasp`` where no file may have more than ``limit`` bytes."""
+    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n{MAIN}"
+    return forked.python(code, [str(argument) for argument in arguments], cwd=cwd, environment=environment())
+
+
 def run_script(main: Callable[..., None], *arguments: object) -> Result:
     """Run the function of a script in this process, with the arguments of its command line."""
     app = typer.Typer()

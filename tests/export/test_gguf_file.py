@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,7 @@ from grasp.bench.yardstick import Case, Yardstick
 from grasp.errors import UnsupportedModelError
 from grasp.evaluation.generation import first_logits
 from grasp.export.gguf_file import write_gguf
-from tests.command_line import environment, save_tiny_model
+from tests.command_line import grasp, grasp_below, save_tiny_model
 from tests.tiny_models import tiny_model
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -36,17 +33,10 @@ def test_a_written_gguf_file_is_the_same_model(weight_type: str, tolerance: floa
 @pytest.mark.slow
 def test_a_file_that_is_cut_short_is_not_left(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "tiny")
-    convert = [sys.executable, "-m", "grasp", "convert", "tiny", "--to", "gguf", "-o"]
-    subprocess.run([*convert, "whole"], cwd=tmp_path, env=environment(), check=True)
+    convert = ["convert", "tiny", "--to", "gguf", "-o"]
+    assert grasp(*convert, "whole", cwd=tmp_path).returncode == 0
     limit = (tmp_path / "whole/model.gguf").stat().st_size - 1
-    run = subprocess.run(
-        [*convert, "cut"],
-        cwd=tmp_path,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    run = grasp_below(limit, *convert, "cut", cwd=tmp_path)
     assert run.returncode == 2
     assert f"model.gguf has {limit} of {limit + 1} bytes" in run.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"tiny", "whole"}

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import ast
-import resource
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +14,7 @@ from grasp.errors import UnsupportedModelError
 from grasp.export.onnx_file import export_onnx
 from grasp.model.lowrank_linear import LowRankLinear
 from grasp.model.targets import layer_targets
-from tests.command_line import environment, grasp
+from tests.command_line import grasp, grasp_below
 from tests.documents import blocks, commands, read, run_python
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import byte_tokenizer
@@ -46,15 +43,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_a_graph_whose_weights_are_cut_short_is_not_left(exported: Path) -> None:
     limit = (exported / "small-onnx/model.onnx.data").stat().st_size - 1
-    words = [sys.executable, "-m", "grasp", "convert", "small", "-o", "cut", "--to", "onnx"]
-    run = subprocess.run(
-        words,
-        cwd=exported,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    run = grasp_below(limit, "convert", "small", "-o", "cut", "--to", "onnx", cwd=exported)
     assert run.returncode == 2
     assert f"model.onnx.data has {limit} of {limit + 1} bytes" in run.stderr
     assert not [path for path in exported.iterdir() if "cut" in path.name]
