@@ -62,9 +62,8 @@ venv: $(STAMP) ## make .venv with everything installed
 demo: $(STAMP) ## compress SmolLM2-135M and print what it cost and gained
 	$(BIN)/grasp demo --output demo
 
-# One thread for each process: threads of several processes that wait for each other lose their turns. Three processes on
-# two cores, because one often waits for a program that it has started.
-SUITE := --numprocesses 3 --dist loadfile --no-loadscope-reorder
+# One thread for each of the two processes: threads of several processes that wait for each other lose their turns.
+SUITE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP) ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SUITE)
@@ -172,7 +171,7 @@ test-oldest: RESOLUTION := lowest-direct ## the same with the oldest that pyproj
 test-latest test-oldest: test-%: $(TOOLS)
 	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .venv-$*
 	$(BIN)/uv pip install --quiet --python .venv-$* --resolution $(RESOLUTION) --all-extras --group data --editable . -r pyproject.toml
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest --record-releases $* $(SUITE); status=$$?; \
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest --record-releases=$* $(SUITE); status=$$?; \
 		echo "What make test-$* had (-) and $(LOCK) has (+):"; \
 		$(BIN)/uv pip sync --dry-run --python .venv-$* $(LOCK) 2>&1 | grep '^ [-+]'; exit $$status
 
