@@ -52,7 +52,8 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, exitstatus: pytest.ExitCode, config: pytest.Config
 ) -> None:
     """Record the releases of a run in which everything has passed."""
-    if (run := config.getoption("--record-releases")) and exitstatus == pytest.ExitCode.OK:
+    run, is_worker = config.getoption("--record-releases"), hasattr(config, "workerinput")
+    if run and exitstatus == pytest.ExitCode.OK and not is_worker:
         record(run, {name: len(terminalreporter.stats.get(name, ())) for name in ("passed", "skipped")})
 
 

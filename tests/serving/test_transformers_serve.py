@@ -134,7 +134,7 @@ def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
         try:
             with urllib.request.urlopen(url, timeout=60):
                 return
-        except URLError:
+        except (URLError, ConnectionError):
             time.sleep(0.2)
     raise AssertionError(f"the server did not start\n{log.read_text()}")
 
